@@ -185,7 +185,7 @@ def interrupt(source: Path, tokenizer: str, place: Path) -> dict[str, Any]:
     while killed < KILLS:
         process = prepare(source, tokenizer, place / "killed", shard)
         try:
-            process.wait(generator.uniform(0.2, 0.5 * whole["seconds"]))
+            process.wait(generator.uniform(0.2, whole["seconds"]))
         except subprocess.TimeoutExpired:
             started = family(process.pid)
             process.send_signal(signal.SIGKILL)

@@ -15,6 +15,7 @@ PACKAGE = Path(trainfw.__file__).parent
 # Top to bottom. Packages of one row do not import each other, except where a row says so.
 ROWS = [
     ["cli"],
+    ["sweeping"],
     ["planning", "launch"],
     ["checking"],
     ["report"],

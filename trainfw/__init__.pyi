@@ -14,6 +14,8 @@ from .serving import generate as generate
 from .serving import generate_batch as generate_batch
 from .serving import load_engine as load_engine
 from .serving import serve as serve
+from .sweeping import Sweep as Sweep
+from .sweeping import sweep as sweep
 from .training import Callback as Callback
 from .training import Drawer as Drawer
 from .training import Interrupted as Interrupted

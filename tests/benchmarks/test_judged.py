@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import checkpoint, data, machine, scaling, startup
+from benchmarks import checkpoint, data, machine, scaling, startup, tokenise
 from benchmarks.reporting import finish
 
 BENCHMARKS = Path(startup.__file__).parent
@@ -99,3 +100,22 @@ def test_bad_arguments_are_exit_code_2(script, arguments):
     ran = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments], capture_output=True, text=True)
     assert ran.returncode == 2
     assert "usage:" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("cpu", "memory", "same", "running", "code"),
+    [(6.0, 2.4, True, 0, 0), (7.0, 2.4, True, 0, 1), (6.0, 2.6, True, 0, 1), (6, 2.4, False, 0, 1), (6, 2, True, 1, 1)],
+)
+def test_tokenise(cpu, memory, same, running, code):
+    speed = {
+        name: {"cpu": used, "seconds": used / 2, "tokens": 1000} for name, used in (("trainfw", cpu), ("datasets", 10))
+    }
+    held = [{"bytes": size, "memory": most, "seconds": 1.0} for size, most in ((10**8, 2.0), (10**9, memory))]
+    kills = {"killed": 10, "same": same, "running": running, "whole": 3.0, "last": 1.0}
+    assert exit_code(tokenise.judge(10**8, speed, held, kills)) == code
+
+
+def test_text_of_the_tokenising_benchmark(tmp_path):
+    size = tokenise.write_text(tmp_path / "text.jsonl", 1)
+    assert 10**6 <= size < 2 * 10**6
+    assert tokenise.held(os.getpid()) > 10**6

@@ -77,9 +77,7 @@ def test_a_store_is_read_like_a_directory(within: str, store: object, tmp_path: 
 
 def test_blocks_join(store: object, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(open_source(named("memory://texts/")).documents())
-    size = remote.StoreBlocks.__init__.__defaults__
-    assert size is not None
-    monkeypatch.setattr(remote.StoreBlocks.__init__, "__defaults__", (*size[:-1], 100))
+    monkeypatch.setattr(remote, "BLOCK", 100)
     assert list(open_source(named("memory://texts/")).documents()) == whole
 
 
@@ -132,7 +130,6 @@ def test_a_store_that_fails_is_asked_again(
 
 
 def test_patience_ends(store: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.StoreBlocks.__init__, "__defaults__", (0.02, None, None, remote.BLOCK))
     Flaky(monkeypatch, 10**6, 5)
     with pytest.raises(RunError, match=r"tried for .*: EOFError: .* bytes where .* were asked for: it was cut short"):
         list(open_source(named("memory://texts/")).documents())

@@ -34,6 +34,7 @@ from trainfw.cli import (
     plan,
     recipe,
     serve,
+    sweep,
     tokenizer,
     topology,
     train,
@@ -72,6 +73,7 @@ def _options(
 
 
 app.command("train", cls=RecipeCommand)(train.train)
+app.command("sweep", cls=RecipeCommand)(sweep.sweep)
 app.command("eval", cls=RecipeCommand)(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)

@@ -230,6 +230,7 @@ class _Cache(CacheDirectory[PreparedData, Source]):
         if place.exists():
             with contextlib.suppress(UserError):  # not all of it was written
                 return load_tokenizer(place)
+        self._shards.remove()  # tokenised with another
         assert config.tokenizer.vocab_size is not None
         texts = (document.text for document in itertools.islice(source.documents(), config.max_documents))
         training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
@@ -257,7 +258,9 @@ class _Cache(CacheDirectory[PreparedData, Source]):
             held_out = are_held_out(data, self._config.validation_fraction)
             if held_out:
                 gzip.add(data)
-            yield Measured(document.id, document.text, len(data), held_out)
+            size = len(data)
+            del data  # it may be a gigabyte
+            yield Measured(document.id, document.text, size, held_out)
 
     def _tokenised(
         self, documents: Iterator[Measured], encoder: PieceEncoder

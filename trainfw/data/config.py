@@ -75,7 +75,7 @@ class StreamConfig(Config):
     """Bytes of files of a store that are kept on this machine's disk, in `data.cache_dir`, at most; all runs and
     processes that use the directory share them. 0 keeps none."""
     wait_seconds: float = Field(default=600.0, ge=0, le=86400.0)
-    """Seconds for which a store that does not answer is asked again (after 0.5 s, then half as often, up to every
+    """Seconds for which a store that does not answer is asked again (after 0.5 s, 1 s, and so on up to every
     30 s), while the steps go on with what was read. The run then fails, with its last state saved."""
     validation_bytes: PositiveInt = 2**25
     """Bytes of text that are looked through for held-out documents (`data.validation_fraction`), which validation
@@ -149,7 +149,9 @@ class DataConfig(Config):
     list of objects, or objects one after another), .parquet (a document a row), or a directory written by Hugging Face
     `save_to_disk` (its split `train` if it has several). Text and JSON may be
     compressed: .gz, .bz2, .xz, .zst. Files of a directory or a glob that are not read are listed, except hidden ones; a
-    file that is reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a
+    file that is reached twice is read once. Relative paths start at the working directory. A URL such as
+    s3://bucket/texts/, gs://bucket/*.jsonl.zst or hf://datasets/org/name/data.parquet stands for what fsspec reads
+    there (docs/data.md). `python-stdlib-summaries` (a
     function's source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case
     without punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`.
     `python-stdlib-preferences` is one for `format: preferences`: a function's source -> its docstring's first line,

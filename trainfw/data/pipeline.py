@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -45,6 +45,9 @@ class EndlessBatches(Iterator[Batch], abc.ABC):
 
     def enter(self, stage: int) -> None:
         """Go on with a stage (of its number, from 0) of the run: here, with the same rows."""
+
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        """Let a batch that is waited for fail (RunError) once `asked` says so: here, none is waited for."""
 
     def skip(self, rows: Iterable[int]) -> None:
         """Leave out every batch that holds one of these rows of the endless order, now and after `set_state`."""

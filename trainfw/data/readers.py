@@ -50,6 +50,7 @@ def read_text(path: File, _columns: Columns) -> Iterator[tuple[str, str]]:
             if (size := size + len(block)) > LIMIT:
                 raise UserError(f"{path}: a document of more than {LIMIT:,} bytes; cut it, or make it rows of JSONL")
     text = decode_utf8(b"".join(blocks), path)
+    blocks.clear()
     if 4 * text.count("\0", 0, 1024) > len(text[:1024]):
         raise UserError(f"{path}: a quarter of it is NUL characters: no text, or UTF-16; expected UTF-8")
     yield "", text

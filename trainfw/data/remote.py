@@ -194,13 +194,13 @@ class StoreBlocks:
 
     def __init__(
         self,
-        seconds: float = READ_SECONDS,
+        seconds: float | None = None,
         report: Callable[[str], None] | None = None,
         stop: threading.Event | None = None,
-        size: int = BLOCK,
+        size: int | None = None,
     ) -> None:
-        self.size = size
-        self._seconds, self._report, self._stop = seconds, report or logging.getLogger("trainfw").warning, stop
+        self.size, self._seconds = size or BLOCK, READ_SECONDS if seconds is None else seconds
+        self._report, self._stop = report or logging.getLogger("trainfw").warning, stop
 
     def read(self, file: RemoteFile, index: int) -> bytes:
         """Return a block. Raises UserError where the file has changed, RunError where the store does not answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ class RowStream(Iterator[Row], abc.ABC):
     def close(self) -> None:
         """Stop reading ahead. Closing twice is harmless."""
 
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        """Let a row that is waited for fail (RunError) once `asked` says so."""
+
 
 class RowBatches(EndlessBatches):
     """Training batches of a `RowStream`; the interface is `TrainIterator`'s.
@@ -63,6 +66,9 @@ class RowBatches(EndlessBatches):
             )
         self._rows.set_state(state["rows"])
         self._begin(state["next_row"])
+
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        self._rows.give_up_when(asked)
 
     def restart(self) -> None:
         self._rows.restart()

@@ -15,12 +15,11 @@ import numpy as np
 
 from trainfw.data.encoding import PieceEncoder
 from trainfw.data.encoding_processes import Encoded, encode_all
+from trainfw.data.tokenizer import BATCH_BYTES
 from trainfw.unfinished import writing
 
 SHARD_BYTES = 2**26
 """Bytes of text of a shard."""
-BATCH_BYTES = 2**20
-"""Bytes of text encoded at once."""
 
 
 class Measured(NamedTuple):

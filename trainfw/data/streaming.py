@@ -156,6 +156,7 @@ class StreamedRows(RowStream):
         self.order = fingerprint_of([self.corpus.fingerprint, tokenizer.fingerprint(), split, shuffle])
         self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self._reader: _Reader | None = None
+        self._asked: Callable[[], bool] = lambda: False
         self.restart()
 
     def __next__(self) -> Row:
@@ -189,6 +190,9 @@ class StreamedRows(RowStream):
     def restart(self) -> None:
         self._seek(0, (At(0, 0, BEGIN), 0), 0)
 
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
     def close(self) -> None:
         """Stop reading ahead. Closing twice is harmless."""
         self._closed.set()
@@ -214,6 +218,8 @@ class StreamedRows(RowStream):
             raise RunError("the stream is closed")
         seconds = 0
         while (window := self._reader.get(_POLL_SECONDS)) is None:
+            if self._asked():
+                raise RunError("the wait for data was given up, as the run was asked to stop")
             seconds += 1
             if self._progress is not None and seconds < self._stream.wait_seconds + _HANGS_SECONDS:
                 self._progress("waiting for data, seconds", seconds, None)

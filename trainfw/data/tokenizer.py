@@ -33,7 +33,7 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 GENERATION = "generation_config.json"
 
-BATCH_BYTES = 1_000_000
+BATCH_BYTES = 2**20
 """Bytes of text tokenised at once: enough for every core, little enough for any memory."""
 BPE_SAMPLE_BYTES = 64_000_000
 """Most bytes of text, from the start of the training split, that BPE is trained on: more would change few merges."""

@@ -118,6 +118,11 @@ _FIELDS = {
 
 def decoder_config(config: FamilyConfig, path: object) -> ModelConfig:
     """Return the config of the model at `path` as a decoder's. Raises UserError where it is of another family."""
+    if isinstance(config, ModelConfig) and config.mup:
+        raise UserError(
+            f"{path}: is of a model by muP (model.mup), whose factors have no place in other formats; `trainfw export` "
+            "folds them into its weights"
+        )
     if isinstance(config, ModelConfig):
         return config
     raise UserError(f"{path}: is a model of family {config.family!r}; other formats have names for decoders alone")

@@ -35,13 +35,15 @@ def launch_local(
     logs: Path,
     say: Callable[[str], None] = lambda text: None,
     grace: float = GRACE_SECONDS,
+    *,
+    show: bool = True,
 ) -> int:
     """Run `command` in `processes` processes of this machine, which find each other; their exit code.
 
-    Each adds to `logs/rank-K.log`; what the first writes is shown as well. The first that fails ends the rest, whose
-    stacks go to their logs, and is the one reported. The signals that stop a run go to all of them, and where one of
-    them left on such a signal, the others are told to; a second SIGINT ends them at once, and so do `grace` seconds
-    that they have not left in, also those that were stopped (SIGSTOP).
+    Each adds to `logs/rank-K.log`; what the first writes is shown as well, unless `show` is false. The first that fails
+    ends the rest, whose stacks go to their logs, and is the one reported. The signals that stop a run go to all of
+    them, and where one of them left on such a signal, the others are told to; a second SIGINT ends them at once, and so
+    do `grace` seconds that they have not left in, also those that were stopped (SIGSTOP).
 
     Raises UserError for a number of processes that cannot be.
     """
@@ -64,10 +66,12 @@ def launch_local(
             _pass_on(children, signum)
         over = threading.Event()
         echo = threading.Thread(target=_echo, args=(paths[0], shown, over), daemon=True)
-        echo.start()
+        if show:
+            echo.start()
         rank = _first_to_fail(children, received, grace)
         over.set()
-        echo.join()  # before the others are ended, whose stacks are for their logs
+        if show:
+            echo.join()  # before the others are ended, whose stacks are for their logs
         late = [str(k) for k, child in enumerate(children) if child.poll() is None]
         stopped = bool(received) or (rank is not None and stop_code(children[rank].returncode) is not None)
         _end(children)

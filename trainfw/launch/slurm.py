@@ -80,9 +80,16 @@ class SlurmJob:
 
     def script(self) -> str:
         """Write the sbatch script."""
-        logs = self.run_dir / "logs"
+        # Several processes on a node need other numbers than their node's.
+        numbered = "bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec \"$@\"' - \\\n  " * (self.tasks_per_node > 1)
+        output, logs = f"{_pattern(self.run_dir / 'logs')}/slurm-%j.log", shlex.quote(_pattern(self.run_dir / "logs"))
+        return self._script(self.directives(output), "", logs, numbered + shlex.join(self.command()))
+
+    def directives(self, output: str, **others: object) -> list[str]:
+        """List the options of sbatch; `output` is the file of what the script itself says."""
         sbatch = {
             "job-name": self.recipe.name,
+            **others,
             "nodes": self.nodes,
             "ntasks-per-node": self.tasks_per_node,
             "exclusive": True if self.tasks_per_node == 1 else None,
@@ -91,34 +98,37 @@ class SlurmJob:
             "account": self.account,
             "requeue": True,
             "open-mode": "append",  # a requeued job goes on in the same files
-            "output": f"{_pattern(logs)}/slurm-%j.log",
+            "output": output,
             "signal": f"TERM@{self.grace}",
         }
         lines = [_directive(f"--{key}", value) for key, value in sbatch.items() if value is not None]
-        lines += [_option(text) for text in self.options]
+        return lines + [_option(text) for text in self.options]
+
+    def command(self) -> list[str]:
+        """List the words of the command that each process runs."""
         command = [self.python, "-P", "-m", "trainfw", "train", as_argument(self.path), *self.overrides]
         command += ["--run-dir", str(self.run_dir)]
         command += [] if self.devices is None else ["--devices", str(self.devices)]
-        command += accepting(self.accept)
-        # Several processes on a node need other numbers than their node's.
-        numbered = "bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec \"$@\"' - \\\n  " * (self.tasks_per_node > 1)
-        directives = "\n".join(f"#SBATCH {line}" for line in lines)
+        return command + accepting(self.accept)
+
+    def _script(self, directives: Sequence[str], before: str, logs: str, command: str) -> str:
+        lines = "\n".join(f"#SBATCH {line}" for line in directives)
         return f"""#!/bin/bash
-{directives}
+{lines}
 
 # Written by `trainfw launch slurm`. One process on each node; each sets Neuron's, EFA's and JAX's environment itself
 # (`trainfw env` shows which), and those of UltraServers number themselves by their hosts' places in the torus.
 # SIGTERM (scancel, preemption, {self.grace} s before the time limit) goes to the processes, which save and exit with
 # 143. sbatch itself writes into the run's logs/, which must exist.
 set -uo pipefail
-trap 'echo "$(date): SIGTERM; the processes save"; [[ -n ${{step:-}} ]] && kill -TERM "$step" 2>/dev/null' TERM
+{before}trap 'echo "$(date): SIGTERM; the processes save"; [[ -n ${{step:-}} ]] && kill -TERM "$step" 2>/dev/null' TERM
 echo "$(date): job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TRAINFW_PROCESS_COUNT=$SLURM_NTASKS
 export TRAINFW_COORDINATOR=$head:${{TRAINFW_PORT:-$((41001 + SLURM_JOB_ID % 20000))}}
 
-srun --kill-on-bad-exit=1 --output={shlex.quote(_pattern(logs))}/rank-%t.log --open-mode=append \\
-  {numbered}{shlex.join(command)} &
+srun --kill-on-bad-exit=1 --output={logs}/rank-%t.log --open-mode=append \\
+  {command} &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do  # the trap ended that wait, not the step
@@ -143,6 +153,44 @@ case $code in
 esac
 exit $code
 """
+
+
+@dataclass
+class SlurmArray:
+    """Jobs that differ in their recipes and directories alone, as the tasks of one array.
+
+    Raises UserError where they cannot be one.
+    """
+
+    jobs: Sequence[SlurmJob]
+    directory: Path
+    """Directory whose logs/ hold the script, and what it says."""
+    at_once: int | None = None
+    """Tasks that run at a time at most."""
+
+    def __post_init__(self) -> None:
+        if self.at_once is not None and self.at_once < 1:
+            raise UserError(f"--at-once {self.at_once}: expected at least 1")
+        if any(
+            (job.nodes, job.tasks_per_node) != (self.jobs[0].nodes, self.jobs[0].tasks_per_node) for job in self.jobs
+        ):
+            raise UserError("the runs take different numbers of nodes, and the tasks of an array have the same")
+
+    def script(self) -> str:
+        """Write the sbatch script: that of the first job, with each task's own command and logs."""
+        first, last = self.jobs[0], len(self.jobs) - 1
+        most = "" if self.at_once is None else f"%{self.at_once}"
+        cases = "".join(
+            f"  {number}) logs={shlex.quote(_pattern(job.run_dir / 'logs'))}; run=({shlex.join(job.command())}) ;;\n"
+            for number, job in enumerate(self.jobs)
+        )
+        output = f"{_pattern(self.directory / 'logs')}/slurm-%A_%a.log"
+        before = f"case $SLURM_ARRAY_TASK_ID in\n{cases}esac\n"
+        return first._script(first.directives(output, array=f"0-{last}{most}"), before, '"$logs"', '"${run[@]}"')
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory
 
 
 def _directive(option: str, value: object) -> str:
@@ -170,12 +218,14 @@ def _pattern(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def submit(job: SlurmJob) -> str:
+def submit(job: SlurmJob | SlurmArray) -> str:
     """Write the script into the run's logs/ and submit it; the job's number. Raises UserError without Slurm."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; --dry-run prints the script, to submit where Slurm is")
     script = job.run_dir / "logs" / SCRIPT
     script.parent.mkdir(parents=True, exist_ok=True)
+    for each in job.jobs if isinstance(job, SlurmArray) else ():
+        (each.run_dir / "logs").mkdir(parents=True, exist_ok=True)
     script.write_text(job.script(), encoding="utf-8")
     ran = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     if ran.returncode:

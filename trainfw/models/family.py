@@ -65,6 +65,11 @@ class FamilyConfig(Config):
         return None
 
     @property
+    def update_scales(self) -> Mapping[str, float] | None:
+        """Factors on the optimizer's updates of parameters, by patterns of their names (muP); None: there are none."""
+        return None
+
+    @property
     def num_patches(self) -> int | None:
         """Patches of an image, which are the sequence of a model of images; None for a model of tokens."""
         return None

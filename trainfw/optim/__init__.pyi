@@ -2,7 +2,9 @@ from .config import OptimizerConfig as OptimizerConfig
 from .ema import average_of as average_of
 from .optimizer import make_optimizer as make_optimizer
 from .optimizer import optimizer_shardings as optimizer_shardings
+from .registry import NO_SCALES as NO_SCALES
 from .registry import OPTIMIZERS as OPTIMIZERS
+from .registry import scales_updates as scales_updates
 from .registry import state_bytes as state_bytes
 from .registry import traits_of as traits_of
 from .schedule import make_schedule as make_schedule

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainfw.optim.traits import Decays, Optimizer, Rate, Traits
+from trainfw.optim.traits import Decays, Optimizer, Params, Rate, Traits
 
 if TYPE_CHECKING:
     import optax
@@ -12,13 +13,29 @@ if TYPE_CHECKING:
 
 
 def make_adamw(
-    config: OptimizerConfig, rate: Rate, decays: Decays, peak: float | None = None
+    config: OptimizerConfig,
+    rate: Rate,
+    decays: Decays,
+    peak: float | None = None,
+    scaled: Callable[[Params], Params] | None = None,
 ) -> optax.GradientTransformation:
-    """Return AdamW, at the recipe's learning rate or at another `peak`."""
+    """Return AdamW, at the recipe's learning rate or at another `peak`.
+
+    Args:
+        scaled: multiplies updates, before decay is added: muP's learning rates, at which weights decay as they do at
+            the base width, as in Microsoft's `mup.MuAdamW`.
+    """
     import optax
 
     moments = (config.b1, config.b2, config.epsilon)
-    return optax.adamw(rate(peak), *moments, weight_decay=config.weight_decay, mask=decays)
+    if scaled is None:
+        return optax.adamw(rate(peak), *moments, weight_decay=config.weight_decay, mask=decays)
+    return optax.chain(
+        optax.scale_by_adam(*moments),
+        optax.stateless(lambda updates, _: scaled(updates)),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(rate(peak)),
+    )
 
 
 def largest_ratio(config: OptimizerConfig, step: int, size: int) -> float:
@@ -44,5 +61,12 @@ def two_moments(name: str, shape: tuple[int, ...], parts: int) -> int:
 
 
 ADAMW = Optimizer(
-    make_adamw, Traits(whole_matrices=False, may_overflow=False, largest_update=largest_ratio, state_bytes=two_moments)
+    make_adamw,
+    Traits(
+        whole_matrices=False,
+        may_overflow=False,
+        scales=True,
+        largest_update=largest_ratio,
+        state_bytes=two_moments,
+    ),
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from trainfw.errors import UserError, short
 from trainfw.optim.config import OptimizerConfig
 from trainfw.optim.ema import with_average
-from trainfw.optim.registry import OPTIMIZERS
+from trainfw.optim.registry import NO_SCALES, OPTIMIZERS, scales_updates
 from trainfw.optim.schedule import Rates, make_schedule
 from trainfw.optim.traits import OwnOptimizer, Params
 from trainfw.pieces import is_own, make_piece, running
@@ -21,13 +22,22 @@ _name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, own: OwnOptimizer | None = None, rates: Rates = ()
+    config: OptimizerConfig,
+    steps: int,
+    own: OwnOptimizer | None = None,
+    rates: Rates = (),
+    scales: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping, the optimizer, decoupled weight decay, the schedule and the average, as one Optax transformation.
 
-    `own` is one that a script hands over in the place of the recipe's; `rates` are as in `make_schedule`. `update`
-    takes the gradients' global norm as `norm`; left out, clipping computes it.
+    `own` is one that a script hands over in the place of the recipe's; `rates` are as in `make_schedule`, and `scales`
+    factors on updates, by patterns of parameters' names. `update` takes the gradients' global norm as `norm`; left out,
+    clipping computes it.
+
+    Raises UserError for an optimizer that has no rule for `scales`.
     """
+    if scales is not None and (own is not None or not scales_updates(config.name)):
+        raise UserError(f"name = {config.name!r}: {NO_SCALES}")
 
     exclude = config.weight_decay_exclude
 
@@ -38,7 +48,10 @@ def make_optimizer(
 
     rate = functools.partial(make_schedule, config, steps, rates=rates)
     if own is None and not is_own(config.name):
-        optimizer = OPTIMIZERS[config.name].make(config, rate, decays)
+        # At the base width nothing is scaled: the very same transformation.
+        other = {pattern: factor for pattern, factor in (scales or {}).items() if factor != 1}
+        scaled = {"scaled": functools.partial(_scaled, other)} if other else {}
+        optimizer = OPTIMIZERS[config.name].make(config, rate, decays, **scaled)
     else:
         wrong = f"name = {config.name!r}: "
         if not (own is None or callable(own)):
@@ -68,6 +81,16 @@ def make_optimizer(
         return optimizer.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+
+
+def _scaled(scales: Mapping[str, float], updates: Params) -> Params:
+    """Multiply the updates of parameters that a pattern names."""
+
+    def scale(path: tuple[object, ...], update: jax.Array) -> jax.Array:
+        factors = [factor for pattern, factor in scales.items() if fnmatch.fnmatch(_name(path), pattern)]
+        return update * factors[0] if factors else update
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 def _held_to_its_contract(own: optax.GradientTransformation, name: str) -> optax.GradientTransformationExtraArgs:

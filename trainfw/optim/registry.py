@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 OPTIMIZERS: dict[str, Optimizer] = {"adamw": ADAMW, "lion": LION, "adafactor": ADAFACTOR, "muon": MUON}
 
 
+NO_SCALES = (
+    "muP's learning rates (model.mup) are implemented for adamw alone: set optimizer.name to it, or mup to false"
+)
+
+
+def scales_updates(name: str) -> bool:
+    """Tell whether an optimizer of ours can multiply its updates by muP's factors."""
+    return name in OPTIMIZERS and OPTIMIZERS[name].traits.scales
+
+
 def traits_of(config: OptimizerConfig, own: OwnOptimizer | None = None) -> Traits:
     """Return the traits of a recipe's optimizer, or of the one that a script hands over in its place."""
     if own is None and not is_own(config.name):

@@ -28,6 +28,8 @@ class Traits:
     """True where it updates the kernels of layers, of which an adapter trains none."""
     may_overflow: bool = True
     """Finite gradients may give updates that are not finite."""
+    scales: bool = False
+    """It can multiply its updates by factors that muP says (`FamilyConfig.update_scales`)."""
     fields: tuple[str, ...] = ()
     """Keys of `optimizer` that it alone reads."""
     largest_update: Callable[[OptimizerConfig, int, int], float] = lambda config, step, size: math.inf
@@ -42,8 +44,9 @@ class Traits:
 class Optimizer:
     """An optimizer of ours: its update, and its traits."""
 
-    make: Callable[[OptimizerConfig, Rate, Decays], optax.GradientTransformation]
-    """Function that returns the update, without clipping."""
+    make: Callable[..., optax.GradientTransformation]
+    """Function of (config, rate, decays) that returns the update, without clipping; where its traits say `scales`, also
+    of `scaled`, a function that multiplies updates."""
     traits: Traits
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +50,7 @@ def build_program(
     recipe = name_pieces(expect_recipe(recipe), objective, optimizer)
     place = fit(recipe, jax.devices() if devices is None else devices, stands_in)
     with recipe.blamed("optimizer"):
-        traits = optim.traits_of(recipe.optimizer, optimizer)
+        traits = _scaled(optim.traits_of(recipe.optimizer, optimizer), recipe)
     if recipe.adapter is not None and traits.kernels_alone:
         raise recipe.error(
             "optimizer.name", "updates whole kernels, of which an adapter trains none; use adamw or lion"
@@ -108,14 +109,22 @@ def build_program(
     return program
 
 
-def _optimizer(recipe: Recipe, own: optim.OwnOptimizer | None) -> tuple[Any, Any]:
+def _optimizer(
+    recipe: Recipe, own: optim.OwnOptimizer | None
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """Return the recipe's optimizer, or a script's own, and its learning rate by step, through all stages."""
-    rates, steps = rates_of(recipe), recipe.train.steps
+    config, steps, rates = recipe.optimizer, recipe.train.steps, rates_of(recipe)
     with recipe.blamed("optimizer"):
-        return (
-            optim.make_optimizer(recipe.optimizer, steps, own, rates),
-            optim.make_schedule(recipe.optimizer, steps, rates=rates),
-        )
+        transformation = optim.make_optimizer(config, steps, own, rates, recipe.model.update_scales)
+        return transformation, optim.make_schedule(config, steps, rates=rates)
+
+
+def _scaled(traits: optim.Traits, recipe: Recipe) -> optim.Traits:
+    """Return traits whose largest update is that of the largest factor on updates."""
+    most, largest = max((recipe.model.update_scales or {}).values(), default=1.0), traits.largest_update
+    if most <= 1:
+        return traits
+    return replace(traits, largest_update=lambda config, step, size: most * largest(config, step, size))
 
 
 def name_pieces(recipe: Recipe, objective: objectives.Objective | None, optimizer: optim.OwnOptimizer | None) -> Recipe:

@@ -143,7 +143,13 @@ def check_sources(recipe: Recipe, abstract: TrainState) -> None:
     """Raises UserError where `model.from` or `adapter.from` cannot be what this recipe starts from."""
     if recipe.model.from_ is not None:
         with recipe.blamed("model.from"):
-            open_base(recipe.model.from_)
+            scales, theirs = recipe.model.update_scales, open_base(recipe.model.from_).config.update_scales
+            if scales != theirs:
+                how = "without muP" if theirs is None else "by muP, from another base width or without"
+                raise UserError(
+                    f"{recipe.model.from_}: was trained {how}, and its weights mean something else here; leave "
+                    "model.mup and its base width as the weights have them"
+                )
     if recipe.adapter is not None and recipe.adapter.from_ is not None:
         _fitting_adapter(recipe, abstract.params)
 

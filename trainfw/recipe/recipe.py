@@ -23,7 +23,7 @@ from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
 from trainfw.models import DEFAULT_FAMILY, FAMILIES, FamilyConfig, ModelSection, conditioning_of, family_of, load_family
 from trainfw.objectives import IMAGES, OBJECTIVES, PREFERENCES, ObjectiveConfig
-from trainfw.optim import OptimizerConfig
+from trainfw.optim import NO_SCALES, OptimizerConfig, scales_updates
 from trainfw.parallel import ParallelConfig
 from trainfw.pieces import is_own
 from trainfw.recipe.run_config import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
@@ -69,6 +69,13 @@ class Recipe(Config):
             invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
+        if self.model.update_scales is not None:
+            if not scales_updates(self.optimizer.name):
+                invalid("optimizer.name", f"{self.optimizer.name!r}: {NO_SCALES}")
+            if self.adapter is not None:
+                invalid(
+                    "adapter", "muP has no rule for it here: `trainfw export` writes a model without muP, to be adapted"
+                )
         self._reads_what_there_is()
         check_stages(self)
         evaluates = None if self.reads_images else self.evaluation

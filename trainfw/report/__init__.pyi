@@ -1,4 +1,6 @@
 from .drawing import draw_topology as draw_topology
+from .losses import loss_chart as loss_chart
+from .losses import svg_of_chart as svg_of_chart
 from .page import findings_page as findings_page
 from .page import framed as framed
 from .page import plan_page as plan_page

@@ -1,4 +1,4 @@
-"""Lines and points over a logarithmic axis: what `draw` of `macros.html` draws."""
+"""Lines and points over an axis: what `draw` of `macros.html` draws."""
 
 from __future__ import annotations
 
@@ -19,20 +19,25 @@ def chart(
     powers: bool,
     tip: Callable[[str, float, float], str],
     column: Callable[[float], str],
+    logarithmic: bool = True,
+    room: int = _RIGHT,
 ) -> dict[str, Any]:
-    """Place lines over a logarithmic axis.
+    """Place lines over an axis.
 
     Args:
         ticks: (value; text).
         powers: values, too, are on a logarithmic axis, and ticks are powers of 10.
         tip: name, place and value -> text of a point.
         column: text of a place on the axis.
+        logarithmic: the axis is.
+        room: pixels for names beside the lines.
     """
     xs = sorted({x for *_, points in lines for x, _ in points})
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    along = math.log if logarithmic else float
 
     def across(x: float) -> float:
-        share = math.log(x / xs[0]) / math.log(xs[-1] / xs[0]) if len(xs) > 1 else 0.5
+        share = (along(x) - along(xs[0])) / (along(xs[-1]) - along(xs[0])) if len(xs) > 1 else 0.5
         return _LEFT + share * (right - _LEFT)
 
     def up(y: float) -> float:
@@ -55,7 +60,7 @@ def chart(
         lowest = names[-1][0] + 15 if names else -math.inf  # none on another
         names.append((max(line["points"][-1][1] + 4, lowest), line))
     rows = [(up(value), text) for value, text in ticks]
-    sides = {"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": right, "bottom": bottom}
+    sides = {"width": right + room, "height": _HEIGHT, "left": _LEFT, "right": right, "bottom": bottom}
     return {"title": title, "lines": drawn, "rows": rows, "columns": columns, "names": names, **sides}
 
 

@@ -63,7 +63,8 @@ _KEYS: dict[Effect, str] = {
         model model.family
         model.vocab_size model.hidden_size model.intermediate_size model.num_layers model.num_heads model.num_kv_heads
         model.head_dim model.tie_embeddings model.activation model.qkv_bias model.qk_norm model.zero_centered_norm
-        model.post_norms model.scale_embeddings model.moe model.moe.num_experts model.moe.shared_intermediate_size
+        model.post_norms model.scale_embeddings model.mup
+        model.mup_base_width model.mup_base_head_dim model.moe model.moe.num_experts model.moe.shared_intermediate_size
         adapter adapter.kind adapter.rank adapter.targets adapter.patterns
         optimizer.name optimizer.options
     """,

@@ -249,6 +249,11 @@ class RunDirectory:
         """The last row of sessions.jsonl; None where there is none."""
         return next(iter(deque(stream_rows(self.sessions_file, SessionRow), maxlen=1)), None)
 
+    def seconds(self) -> float:
+        """Add up the time of all sessions, without that between them."""
+        last = {row["session"]: row for row in stream_rows(self.sessions_file, SessionRow)}
+        return sum(value for row in last.values() for key, value in row.items() if key.endswith("_seconds"))
+
     def faults(self) -> list[dict[str, Any]]:
         """The rows of faults.jsonl. Raises UserError where one cannot be used: its batches would come back."""
         rows = list(stream_rows(self.faults_file, FaultRow, all_count=True))

@@ -182,6 +182,8 @@ class Session:
 
     def _forward(self, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
         config, steps = self.recipe.train, self.recipe.train.steps
+        if jax.process_count() == 1:
+            self.batches.give_up_when(lambda: stop.cause is not None)
         self.last_completed = time.monotonic()
         while step < steps:
             if self.callbacks.asked is not None:
@@ -195,6 +197,8 @@ class Session:
             try:
                 batch = self.program.shard_batch(next(self.batches))
             except Exception as error:
+                if stop.cause is not None and jax.process_count() == 1:
+                    continue  # it was waited for no longer
                 # Of several processes others may have more, and no save is made by one alone.
                 if not step or jax.process_count() > 1:
                     raise

@@ -26,6 +26,7 @@ from trainfw.models import FamilyConfig, LanguageModel, family_of
 from trainfw.objectives import schedule_of
 from trainfw.unfinished import scratch_directory
 from trainfw.weights.export_images import export_images, is_of_images, reader_of, write_images
+from trainfw.weights.folded import without_mup
 from trainfw.weights.open import (
     Adapter,
     Base,
@@ -206,7 +207,8 @@ def write_model(
     Args:
         origin: what is at `source`, where the weights are no more those.
     """
-    beside, config = _Beside(source, origin or base), interop.decoder_config(base.config, source)
+    beside, base = _Beside(source, origin or base), without_mup(base)
+    config = interop.decoder_config(base.config, source)
     dtype, extra = dtype or base.dtype, beside.extra()
     read, companions = reader_of(base), beside.write
     return interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
@@ -218,13 +220,14 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
         raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
     if Path(out).exists():
         raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
-    config = interop.decoder_config(base.config, source)
+    weights = without_mup(base)
+    config = interop.decoder_config(weights.config, source)
     huggingface = interop.config_to_huggingface(config, extra=_Beside(source, base).extra())
     tensors: Tensors
     if isinstance(base, interop.ModelSource):
         tensors = base.used()
     else:
-        tensors = interop.ParameterTensors(config, huggingface["model_type"], reader_of(base), FLOATS["float32"])
+        tensors = interop.ParameterTensors(config, huggingface["model_type"], reader_of(weights), FLOATS["float32"])
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)

@@ -86,7 +86,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, width, kv_width = config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        std, bias = config.init_std, config.qkv_bias
+        std, bias = config.hidden_std, config.qkv_bias
         self.query = Linear((D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
         self.key = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
         self.value = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
@@ -109,8 +109,7 @@ class Attention(nnx.Module):
         q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
         q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
         window = config.sliding_window if kind == "sliding" else None
-        scale = config.query_scale or config.head_dim**-0.5
-        softcap = config.attention_softcap
+        scale, softcap = config.attention_scale, config.attention_softcap
         if context.slots is not None:
             o_BSHh = context.slots.attend(
                 q_BSHh, k_BTKh, v_BTKh, cache, kind, window=window, scale=scale, softcap=softcap

@@ -198,10 +198,14 @@ class RMSNorm(nnx.Module):
     Args:
         zero_centered: the scale is kept as its offset from 1.
         axis: names the last dim where it is split over `tensor`: the mean is then that of all its parts.
+        multiplier: of what is returned.
     """
 
-    def __init__(self, size: int, *, eps: float, zero_centered: bool = False, axis: str = "norm"):
+    def __init__(
+        self, size: int, *, eps: float, zero_centered: bool = False, axis: str = "norm", multiplier: float = 1.0
+    ):
         self.eps, self.zero_centered, self.split = eps, zero_centered, axis != "norm"
+        self.multiplier = multiplier
         scale = jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32)
         self.scale = nnx.Param(scale, axes=(axis,), wide=True)
 
@@ -211,7 +215,8 @@ class RMSNorm(nnx.Module):
         if self.split:
             square = all_reduce(square, "tensor") / axis_size("tensor")
         wide = wide * jax.lax.rsqrt(square + self.eps)
-        return (wide * (self.scale[...] + float(self.zero_centered))).astype(x.dtype)
+        wide = wide * (self.scale[...] + float(self.zero_centered))
+        return (wide if self.multiplier == 1 else wide * self.multiplier).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

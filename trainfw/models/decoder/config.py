@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -129,6 +131,15 @@ class ModelConfig(TokenFamilyConfig):
     """Standard deviation of freshly initialised weights."""
     moe: MoEConfig | None = None
     """A mixture of experts in place of every feed-forward layer."""
+    mup: bool = False
+    """Scale with the width by muP (arXiv:2203.03466, table 8), so that a learning rate found at `mup_base_width` holds
+    at other widths: of the layers' matrices AdamW's learning rate is multiplied by base / hidden_size and the variance
+    at the start too, and so are the logits. At the base width nothing changes. Needs optimizer.name: adamw."""
+    mup_base_width: Dim = 64
+    """The hidden_size at which `mup` changes nothing."""
+    mup_base_head_dim: Dim | None = None
+    """The head_dim at that width, where wider models have larger heads: attention scores are then divided by head_dim,
+    not by its root. Null: head_dim, for models that have more heads instead."""
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +174,39 @@ class ModelConfig(TokenFamilyConfig):
         if not slides and self.rope_local_theta is not None:
             invalid("rope_local_theta", "rope_local_theta applies to sliding layers, and layer_pattern has none")
         return self
+
+    @model_validator(mode="after")
+    def _mup_is_known(self) -> ModelConfig:
+        if not self.mup:
+            for name in ("mup_base_width", "mup_base_head_dim"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    invalid(name, f"{name} applies with mup: true alone")
+        elif self.moe is not None:
+            invalid("mup", "muP's rule for routers and experts is not implemented: set mup to false, or moe to null")
+        elif self.scale_embeddings:
+            invalid("mup", "muP keeps embeddings as they are at every width: set mup or scale_embeddings to false")
+        return self
+
+    @property
+    def mup_ratio(self) -> float:
+        """The base width over the width; 1 without muP."""
+        return self.mup_base_width / self.hidden_size if self.mup else 1.0
+
+    @property
+    def hidden_std(self) -> float:
+        """Standard deviation of the layers' matrices at the start."""
+        return self.init_std * math.sqrt(self.mup_ratio)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on attention scores."""
+        base = self.mup_base_head_dim or self.head_dim
+        scale = self.query_scale or base**-0.5
+        return scale if base == self.head_dim else scale * base / self.head_dim
+
+    @property
+    def update_scales(self) -> Mapping[str, float] | None:
+        return {"layers.*.kernel": self.mup_ratio} if self.mup else None
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -37,7 +37,7 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, F, std = config.hidden_size, config.intermediate_size, config.init_std
+        D, F, std = config.hidden_size, config.intermediate_size, config.hidden_std
         self.attention = Attention(config, rngs=rngs)
         dense = config.moe is None
         self.mlp = MLP(D, F, activation=config.activation, std=std, rngs=rngs) if dense else MoE(config, rngs=rngs)
@@ -66,8 +66,9 @@ class DecoderLayer(nnx.Module):
         return x_BSD + y_BSD, (cache, stats)
 
 
-def _norm(config: ModelConfig) -> RMSNorm:
-    return RMSNorm(config.hidden_size, eps=config.norm_eps, zero_centered=config.zero_centered_norm)
+def _norm(config: ModelConfig, multiplier: float = 1.0) -> RMSNorm:
+    eps, zero_centered = config.norm_eps, config.zero_centered_norm
+    return RMSNorm(config.hidden_size, eps=eps, zero_centered=zero_centered, multiplier=multiplier)
 
 
 class Transformer(LanguageModel):
@@ -81,7 +82,7 @@ class Transformer(LanguageModel):
         self.embedding = Embedding(V, D, std=std, rngs=rngs)
         fp8 = self.options.matmul_dtype == "fp8"
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs, fp8=fp8)
-        self.final_norm = _norm(config)
+        self.final_norm = _norm(config, config.mup_ratio)  # on the logits: the head is linear
         self.head = None if config.tie_embeddings else Linear((D, V), ("embed", "vocab"), std=std, rngs=rngs)
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:

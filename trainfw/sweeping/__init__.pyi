@@ -1,0 +1,10 @@
+from .flop_budgets import IsoFlop as IsoFlop
+from .flop_budgets import isoflop as isoflop
+from .grid import SweepRun as SweepRun
+from .grid import make_runs as make_runs
+from .grid import read_grid as read_grid
+from .result import Sweep as Sweep
+from .result import read_results as read_results
+from .runner import run_all as run_all
+from .runner import sweep as sweep
+from .slurm_array import array_of as array_of
