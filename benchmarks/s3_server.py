@@ -67,6 +67,8 @@ class Server:
 @contextmanager
 def serving() -> Iterator[Server]:
     """A server with an empty bucket, and the environment that leads to it."""
+    import s3fs
+
     server = Server()
     settings = {
         "AWS_ACCESS_KEY_ID": "key",
@@ -77,10 +79,12 @@ def serving() -> Iterator[Server]:
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    s3fs.S3FileSystem.clear_instance_cache()  # which would go on with another server's address
     try:
         server.client.create_bucket(Bucket=BUCKET)
         yield server
     finally:
+        s3fs.S3FileSystem.clear_instance_cache()
         server.close()
         for name, value in before.items():
             if value is None:

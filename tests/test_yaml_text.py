@@ -32,7 +32,7 @@ FILES = {
     "a long key below": (f"a:\n- ? {'x' * 2000}\n  : 1\n", r":[12]: (a: )?a key of 2,000 characters"),
     "depth": ("a: " + "[" * 10_000, ":1: is nested too deeply: more than 64 levels"),
     "depth of mappings": ("".join(f"{' ' * i}a:\n" for i in range(100)), r":\d\d: is nested too deeply"),
-    "a key twice in a list": ("a:\n- {b: 1, b: 2}\n", r":[12]: (a: )?the key 'b' is written twice"),
+    "a key twice in a list": ("a:\n- {b: 1, b: 2}\n", r":[12]: ((a: )?the key 'b'|a\.0\.b:) is written twice"),
     "a long number": (f"a: {'9' * 5000}\n", r":1: (a: )?a number of 5,000 digits"),
     "a control character": ("a: 1\nb: \x07\n", ":2: not valid YAML: special characters"),
 }

@@ -2,6 +2,7 @@ import itertools
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,3 +53,15 @@ def test_a_source_without_a_share_gives_nothing_and_annealing_moves_shares():
     found = Counter(order.place(i)[0] for i in range(1000))
     assert found == {0: 500, 2: 500}
     assert [order.place(i)[0] for i in itertools.chain(range(5), range(1995, 2000))] == [0] * 5 + [2] * 5
+
+
+def test_every_prefix_of_200_blocks_of_five_random_mixtures():
+    rng = np.random.default_rng(0)
+    for sources in (2, 3, 4, 6, 8):
+        shares = Shares.of(rng.uniform(0.01, 5, sources).round(3).tolist())
+        order, rows = Interleaving(shares), 200 * 64
+        dealt = np.array([order.place(place)[0] for place in range(rows)])
+        places = np.arange(1, rows + 1)
+        for source in range(sources):
+            had, share = np.cumsum(dealt == source), shares.start[source]
+            assert np.abs(had * share.denominator - places * share.numerator).max() < share.denominator

@@ -65,5 +65,5 @@ def test_it_goes_on_from_any_step(config, done):
     before.close()
     for found, expected in zip(drawn(after, done), whole[done:], strict=True):
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(UserError, match="other sources or weights"):
+    with pytest.raises(UserError, match="are not those that the run had"):
         after.set_state({**state, "rows": {**state["rows"], "shares": "others"}})

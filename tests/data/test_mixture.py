@@ -111,7 +111,7 @@ def test_later_stages_may_change_and_the_current_one_may_not():
     state = before.get_state()
     iterator(stages=[*STAGES[:2], stage({"prose": 1.0}, 99)]).set_state(state)
     for others in (STAGES[:1], [STAGES[0], STAGES[2]]):
-        with pytest.raises(UserError, match=r"other sources or weights .* a stage of their own"):
+        with pytest.raises(UserError, match=r"are not those that the run had"):
             iterator(stages=others).set_state(state)
     with pytest.raises(UserError, match=r"mixture\.(code|prose): has changed since"):
         iterator(seed=6).set_state(state)

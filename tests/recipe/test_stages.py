@@ -72,6 +72,8 @@ def test_a_stage_with_a_rate_of_its_own_has_a_schedule_of_its_own(file):
 def test_one_element_of_a_list_is_overridden(file):
     recipe = load_recipe(file, ["stages.1.until=90", "data.mixture.code.weight=9"])
     assert [stage.end for stage in recipe.in_stages()] == [50, 90, 100]
+    dotted = load_recipe(file, ["stages.1.data.sequence_length=128"])  # which the file writes with a dot
+    assert dotted.in_stages()[1].shape == (8, 128, 1)
     assert recipe.in_stages()[0].weights["code"] == (9, 9)
 
 
@@ -127,6 +129,7 @@ WRONG = [
     ("data.sequence_length: 64", "data.seed: 1", 16, "stages.1.data.seed", "unknown key"),
     ("{global_batch_size: 4}", "{steps: 4}", 18, "stages.2.train.steps", "unknown key"),
     ("final_fraction: 0}", "decay_steps: 3}", 19, "stages.2.optimizer.decay_steps", "belongs to schedule wsd"),
+    ("final_fraction: 0}", "warmup_steps: 50}", 19, "stages.2.optimizer.warmup_steps", "a stage of 20 steps"),
     ("optimizer: {learning_rate: 0.004", "optimizer: {name: lion", 19, "stages.2.optimizer.name", "unknown key"),
 ]  # fmt: skip
 

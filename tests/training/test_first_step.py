@@ -136,8 +136,8 @@ def test_a_run_on_neuron_looks_at_the_first_step_of_each_session(tmp_path, monke
 def test_a_spoilt_first_step_ends_the_run_and_saves_nothing(tmp_path, monkeypatch):
     step = Session._step
 
-    def spoilt(self, train_step, state, batch):
-        after, metrics = step(self, train_step, state, batch)
+    def spoilt(self, state, batch):
+        after, metrics = step(self, state, batch)
         return with_table(after, lambda x: jax.jit(lambda x: 0 * x)(x)), metrics
 
     monkeypatch.setattr(Session, "_step", spoilt)

@@ -86,7 +86,7 @@ def test_a_run_goes_on_with_other_stages_to_come_and_not_with_another_one_that_i
     stop_after(recipe, tmp_path / "run", 4, monkeypatch)
     file = recipe._sources["stages"].rpartition(":")[0]
     moved = load_recipe(file, ["stages.0.until=2", "stages.1.until=3"])
-    with pytest.raises(UserError, match=r"stages: .* changes the losses; --accept stages"):
+    with pytest.raises(UserError, match=r"stages\.0\.until: 3 there, 2 here .* changes the losses; --accept stages"):
         train_quietly(moved, tmp_path / "run")
     with pytest.raises(UserError, match=r"was in its stage 1 at step 3, .* puts into stage 3"):
         train_quietly(moved, tmp_path / "run", accept=["stages"])
@@ -102,3 +102,37 @@ def test_a_source_is_not_seen_more_often_than_it_may_be(straight, tmp_path):
     with pytest.raises(UserError, match=r"data\.mixture\.code\.repeats: 0\.1, and the run would see the source 0"):
         train_quietly(few, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_past_of_a_run_stays_as_it_was(straight, tmp_path, monkeypatch):
+    recipe, _, _ = straight
+    stop_after(recipe, tmp_path / "run", 4, monkeypatch)
+    file = recipe._sources["stages"].rpartition(":")[0]
+    for changed in ("stages.0.train={global_batch_size: 4}", "stages.0.mixture={code: 1}"):
+        with pytest.raises(UserError, match=r"are not those that the run had"):
+            train_quietly(load_recipe(file, [changed]), tmp_path / "run", accept=["stages"])
+
+
+def test_a_source_may_come_in_with_a_later_stage(tmp_path, monkeypatch):
+    stages = [{"until": 4, "mixture": {"text": 1}}, {"mixture": {"text": 1}}]
+    file = write_mixture(tmp_path, stages=stages)
+    stop_after(load_recipe(file, ["checkpoint.every=2"]), tmp_path / "run", 3, monkeypatch)
+    both = load_recipe(file, ["checkpoint.every=2", "stages.1.mixture={text: 1, code: 1}"])
+    result = train_quietly(both, tmp_path / "run", accept=["stages"])
+    assert sorted(result.validation.parts) == ["code", "text"]
+    other, _ = evaluate(tmp_path / "run", [f"data.source={tmp_path / 'code'}"])
+    assert not other.parts
+
+
+def test_examples_are_packed_and_validated_at_the_length_of_each_stage(tmp_path):
+    rows = [{"prompt": f"Say {n}", "completion": "word " * (n % 12)} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(tmp_path / "rows.jsonl"), "format": "prompt_completion", "chat_template": False}
+    stages = [{"until": 2}, {"data": {"sequence_length": 48}}]
+    file = write_recipe(tmp_path, data={**data, "sequence_length": 96}, stages=stages, train={"steps": 3})
+    heard = Heard()
+    result = train(load_recipe(file), devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=heard)
+    longer, shorter = (note for note in heard.notes if "refused" in note)  # of each length, the empty ones too
+    assert longer != shorter
+    validation, _ = evaluate(tmp_path / "run")
+    assert (validation.count, validation.loss) == (result.validation.count, pytest.approx(result.validation.loss))

@@ -30,9 +30,10 @@ class TerminalReporter(Reporter):
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
         class Rate(TextColumn):
-            def render(self, task: Task) -> Any:
+            def render(self, task: Task) -> Text:
                 self.text_format = "" if task.speed is None else short_rate(task.speed)
                 return super().render(task)
 

@@ -97,7 +97,7 @@ def report(
     show: Annotated[int, typer.Option(min=0, max=100, help="Documents of each source to show.")] = 2,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
 ) -> None:
-    """Count documents, tokens, lengths, copies, near copies and overlaps with an evaluation set. Reads all of it once.
+    """Count documents, tokens, copies and overlaps. Lengths, near copies and rows too; reads all of it once.
 
     Memory stays below about 1 GB, whatever the size of the data.
     """

@@ -55,7 +55,7 @@ def sweep(
     account: str | None = None,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="OPTION", help=f"{_WITH_SLURM}another of sbatch.")] = None,
 ) -> None:
-    """Train every combination of values, KEY=A,B,C, and compare the losses. The same command goes on."""
+    """Train every combination of values and compare. KEY=A,B,C names them; the same command goes on."""
     go_on_without_output()
     check_page("--svg", svg)
     fixed, values = sweeping.read_grid(overrides or ())

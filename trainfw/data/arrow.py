@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
-from trainfw.data.compressed import File, open_file
+from trainfw.data.compressed import File
 from trainfw.errors import RunError, UserError, pip_install
+from trainfw.paths import check_file
 
 Choose = Callable[[list[str]], list[str]]
 """Function from the columns of a table to those to read. Raises UserError where one is missing."""
@@ -56,10 +58,12 @@ def parquet_tables(path: File, choose: Choose, rows: int = 1024, first: int = 0)
 
     Groups of rows before that are not read.
     """
-    with open_file(path) as opened, _reading(path, "a Parquet file"):
+    if isinstance(path, Path):
+        check_file(path, named=True)
+    with _reading(path, "a Parquet file"):
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(opened) as file:
+        with pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open()) as file:
             columns = choose(file.schema_arrow.names)
             groups = range(file.num_row_groups)
             while groups and first >= (size := file.metadata.row_group(groups[0]).num_rows):

@@ -26,11 +26,15 @@ class CachedBlocks:
     larger than the limit are no exception; one that is damaged is read again.
     """
 
-    def __init__(self, blocks: Blocks, directory: Path, limit: int) -> None:
-        """Begin to use a directory. `blocks` reads what is not in it; a `limit` below one block's size keeps none."""
+    def __init__(self, blocks: Blocks, directory: Path, limit: int, *, ahead: bool = True) -> None:
+        """Begin to use a directory. `blocks` reads what is not in it; a `limit` below one block's size keeps none.
+
+        Without `ahead`, no block is read before it is asked for.
+        """
         self.size = blocks.size
         self._blocks, self._directory, self._limit = blocks, directory, limit
         self._threads = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._reads_ahead = ahead
         self._ahead: tuple[Path, concurrent.futures.Future[bytes]] | None = None
         self._keeps = limit >= self.size + _CHECKSUM
 
@@ -39,7 +43,7 @@ class CachedBlocks:
         name = self._name(file, index)
         ahead, self._ahead = self._ahead, None
         data = ahead[1].result() if ahead is not None and ahead[0] == name else self._read(file, index)
-        if (index + 1) * self.size < file.num_bytes:
+        if self._reads_ahead and (index + 1) * self.size < file.num_bytes:
             with contextlib.suppress(RuntimeError):  # closed meanwhile
                 self._ahead = self._name(file, index + 1), self._threads.submit(self._read, file, index + 1)
         return data

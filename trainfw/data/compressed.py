@@ -41,7 +41,11 @@ def open_plain(path: File) -> BinaryIO:
     Raises UserError as `check_file` does, and for an empty file with the suffix of a compression; reading raises it
     where the data are damaged or end too early, with the last line before that. Raises OSError as `open` does.
     """
-    file = open_file(path)
+    if isinstance(path, Path):
+        check_file(path, named=True)
+        file: BinaryIO = path.open("rb")
+    else:
+        file = path.open()
     head = file.read(32)
     file.seek(0)
     for name, (magic, make) in _KINDS.items():
@@ -51,14 +55,6 @@ def open_plain(path: File) -> BinaryIO:
         file.close()
         raise UserError(f"{path}: is empty, which no compressed file is: was it cut short?")
     return file
-
-
-def open_file(path: File) -> BinaryIO:
-    """Open a file as it is stored."""
-    if isinstance(path, RemoteFile):
-        return path.open()
-    check_file(path, named=True)
-    return path.open("rb")
 
 
 def skip_to(file: BinaryIO, offset: int) -> None:

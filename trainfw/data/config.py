@@ -77,7 +77,7 @@ class StreamConfig(Config):
     wait_seconds: float = Field(default=600.0, ge=0, le=86400.0)
     """Seconds for which a store that does not answer is asked again (after 0.5 s, 1 s, and so on up to every
     30 s), while the steps go on with what was read. The run then fails, with its last state saved."""
-    validation_bytes: PositiveInt = 2**25
+    validation_bytes: PositiveInt = 2**24
     """Bytes of text that are looked through for held-out documents (`data.validation_fraction`), which validation
     counts; at most a quarter of them from one file. Held-out documents elsewhere are left out of training all the
     same."""

@@ -18,7 +18,7 @@ import numpy as np
 _CHUNK = 4096
 """Places dealt at once."""
 _KEPT = 64
-"""Chunks kept: what reads ahead never goes back further."""
+"""Chunks kept, at least."""
 _NEVER = 2**62
 
 
@@ -53,7 +53,9 @@ class Interleaving:
     on, and near the last one that was asked for.
     """
 
-    def __init__(self, shares: Shares, done: int = 0, counts: Sequence[int] | None = None) -> None:
+    def __init__(self, shares: Shares, done: int = 0, counts: Sequence[int] | None = None, ahead: int = 0) -> None:
+        """Begin at a place; `ahead` is how far others read ahead of the place that is counted."""
+        self._kept = max(_KEPT, 2 * ahead // _CHUNK + 8)
         self._counts = [0] * len(shares.start) if counts is None else list(counts)
         self._first = self._next = done
         self._lock = threading.Lock()
@@ -101,7 +103,7 @@ class Interleaving:
             row[mine] = count + np.arange(np.count_nonzero(mine))
         number = (self._next - self._first) // _CHUNK
         self._chunks[number] = source, row, before
-        self._chunks.pop(number - _KEPT, None)
+        self._chunks.pop(number - self._kept, None)
         self._next += _CHUNK
 
     def _when(self, source: int) -> tuple[int, int]:

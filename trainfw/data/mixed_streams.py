@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from trainfw.data.interleave import Interleaving
-from trainfw.data.mixture import StageShares
+from trainfw.data.mixture import StageShares, check_history, history
+from trainfw.data.pipeline import State
 from trainfw.data.row_stream import Row, RowBatches, RowStream
 from trainfw.errors import UserError
 
@@ -30,19 +30,19 @@ class MixedRows(RowStream):
         if stage != self._stage:
             self._begin(stage, 0, None)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Return the place after the last row, as JSON; the same in every process."""
         return {
             "stage": self._stage,
-            "shares": self._stages[self._stage].identity,
+            "shares": history(self._stages, self._stage),
             "done": self._done,
             "counts": self._interleaving.counts(self._done),
             "streams": {name: stream.get_state() for name, stream in self._streams.items()},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go to a place of the same `order`. Raises UserError where it is of other shares."""
-        StageShares.check(self._stages, state["stage"], state["shares"])
+        check_history(self._stages, state["stage"], state["shares"])
         for name, stream in self._streams.items():
             stream.set_state(state["streams"][name])
         if sum(state["counts"]) != state["done"]:
@@ -58,6 +58,11 @@ class MixedRows(RowStream):
         """Stop reading ahead. Closing twice is harmless."""
         for stream in self._streams.values():
             stream.close()
+
+    def give_up_when(self, asked: Callable[[], bool]) -> None:
+        """Let a row that is waited for fail once `asked` says so."""
+        for stream in self._streams.values():
+            stream.give_up_when(asked)
 
     def _begin(self, stage: int, done: int, counts: Sequence[int] | None) -> None:
         self._stage, self._done = stage, done
@@ -78,7 +83,7 @@ class MixedStreamBatches(RowBatches):
         self._resize(self._stages[stage].global_batch_size, *self._process)
         self._begin(self._next_row)
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it is of other rows or shares."""
         super().set_state(state)
         self._resize(self._stages[state["rows"]["stage"]].global_batch_size, *self._process)

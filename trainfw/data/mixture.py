@@ -6,9 +6,8 @@ import hashlib
 import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -19,10 +18,10 @@ from trainfw.data.config import DataConfig
 from trainfw.data.images.prepared import PreparedImages
 from trainfw.data.interleave import Interleaving, Shares
 from trainfw.data.locking import held
-from trainfw.data.pipeline import GrainBatches, shuffled
+from trainfw.data.pipeline import GrainBatches, State, shuffled
 from trainfw.data.progress import Progress
 from trainfw.data.rows import RowSet
-from trainfw.data.sources import open_source
+from trainfw.data.sources import Document, open_source
 from trainfw.data.tokenizer import BPE_SAMPLE_BYTES, Tokenizer, first_bytes, load_tokenizer, train_bpe
 from trainfw.errors import UserError, about
 from trainfw.unfinished import writing
@@ -33,6 +32,12 @@ class PreparedMixture:
     """Both splits of every source of a mixture, by its name."""
 
     parts: Mapping[str, PreparedData | PreparedImages]
+    packed: Mapping[tuple[str, int], PreparedData] = field(default_factory=dict)
+    """Sources of examples made for rows of other lengths, by name and length."""
+
+    def at(self, name: str, length: int) -> PreparedData | PreparedImages:
+        """Return a source, its examples made for rows of this length."""
+        return self.packed.get((name, length), self.parts[name])
 
     @property
     def first(self) -> PreparedData | PreparedImages:
@@ -41,7 +46,8 @@ class PreparedMixture:
 
     @property
     def held_out_digest(self) -> str:
-        return fingerprint_of([[name, part.held_out_digest] for name, part in self.parts.items()])
+        """Digests of the held-out splits, each after its source's name."""
+        return " ".join(f"{name}:{part.held_out_digest}" for name, part in self.parts.items())
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ def train_mixture_bpe(config: DataConfig, progress: Progress | None = None) -> T
     return load_tokenizer(directory)
 
 
-def _training_texts(documents: Iterator[Any], config: DataConfig) -> Iterator[str]:
+def _training_texts(documents: Iterator[Document], config: DataConfig) -> Iterator[str]:
     texts = (document.text for document in itertools.islice(documents, config.max_documents))
     return (text for text in texts if not is_held_out(text, config.validation_fraction))
 
@@ -148,14 +154,24 @@ class StageShares:
         ends = [] if constant else [*map(str, self.shares.end), self.shares.rows]
         return fingerprint_of([self.length, self.names, [*map(str, self.shares.start)], ends])
 
-    @staticmethod
-    def check(stages: Sequence[StageShares], number: object, identity: object) -> None:
-        """Raise UserError where a stage, by its number from 0, is not the one of this `identity`."""
-        if not isinstance(number, int) or not 0 <= number < len(stages) or identity != stages[number].identity:
-            raise UserError(
-                "mixture: other sources or weights than the run had when this state was saved, so its place means "
-                "nothing here; give them in a stage of their own, which begins after it, or start a new run"
-            )
+
+def history(stages: Sequence[StageShares], number: int) -> str:
+    """Identify the stages up to one, by its number from 0: past ones with their ends; of several, their batches."""
+    past = [[stage.identity, stage.global_batch_size, stage.shares.rows] for stage in stages[:number]]
+    batch = stages[number].global_batch_size if len(stages) > 1 else None
+    return fingerprint_of([past, stages[number].identity, batch])
+
+
+def check_history(stages: Sequence[StageShares], number: object, saved: object) -> None:
+    """Raise UserError where the stages up to one are others than when `history` said this of them."""
+    if not isinstance(number, int) or not 0 <= number < len(stages) or saved != history(stages, number):
+        past = "the sources, weights, rows and batch of the stage that it is in, or stages before it or their ends"
+        if len(stages) == 1:
+            past = "its sources or their weights"
+        raise UserError(
+            f"mixture: {past} are not those that the run had when this state was saved, so its place means nothing "
+            "here; what is to be another way from here on belongs into a stage that begins later, or start a new run"
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +219,7 @@ class MixedIterator(GrainBatches):
         self._next_row = 0
         self._begin(0, 0, {}, None)
 
-    def get_state(self) -> dict[str, object]:
+    def get_state(self) -> State:
         """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
         stage = self._stages[self._stage]
         return {
@@ -212,13 +228,13 @@ class MixedIterator(GrainBatches):
             "first_row": self._first_row,
             "used": self._used,
             "counts": self._interleaving.counts(self._next_row - self._first_row),
-            "shares": stage.identity,
+            "shares": history(self._stages, self._stage),
             "orders": {key: self._orders[key] for key in sorted({*self._used, *self._keys(stage)})},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it is of other sources or shares."""
-        StageShares.check(self._stages, state.get("stage"), state.get("shares"))
+        check_history(self._stages, state.get("stage"), state.get("shares"))
         number = state["stage"]
         for key, order in state["orders"].items():
             if self._orders.get(key) != order:
@@ -249,7 +265,7 @@ class MixedIterator(GrainBatches):
         self._stage, self._first_row, self._used = number, first_row, used
         self._global_batch_size = stage.global_batch_size
         done = self._next_row - first_row
-        self._interleaving = Interleaving(stage.shares, done, counts)
+        self._interleaving = Interleaving(stage.shares, done, counts, ahead=self._prefetch * stage.global_batch_size)
         keys = self._keys(stage)
         streams = [(self._streams[key], used.get(key, 0)) for key in keys]
         self._read(grain.MapDataset.source(_Mixed(self._interleaving, streams, first_row))[done:])

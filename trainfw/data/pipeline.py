@@ -20,6 +20,9 @@ Batch = dict[str, np.ndarray]
 """The arrays named in `rows.FIELDS`, each (B, S), or (B, 2, S) of pairs; or those of `ImageRows`. B is this process's
 share of the global batch."""
 
+State = dict[str, Any]
+"""Place in an endless order of rows, as JSON writes it."""
+
 READ_THREADS = 2
 """Reading a row is a page or two from disk and a little NumPy: more threads only contend for the interpreter."""
 
@@ -62,11 +65,11 @@ class EndlessBatches(Iterator[Batch], abc.ABC):
         """Return the next batch, skipped or not."""
 
     @abc.abstractmethod
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
 
     @abc.abstractmethod
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it does not lead there."""
 
     @abc.abstractmethod
@@ -116,11 +119,11 @@ class TrainIterator(GrainBatches):
         self._stream, self._order = shuffled(rows, config, config.seed)
         self.restart()
 
-    def get_state(self) -> dict[str, object]:
+    def get_state(self) -> State:
         """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
         return {"next_row": self._next_row, "order": self._order}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it is of another order of rows."""
         if state.get("order") != self._order:
             raise UserError(

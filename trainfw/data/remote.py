@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -292,7 +292,7 @@ def _list(store: Any, path: str) -> tuple[str, dict[str, Any], bool] | None:
     return None
 
 
-def _mark(about: dict[str, Any]) -> str:
+def _mark(about: Mapping[str, object]) -> str:
     """Return the tag of an object's contents, or its time where the store has none."""
     found = next((about[key] for key in (*_MARKS, *_TIMES) if about.get(key)), "")
     return str(found.timestamp() if isinstance(found, datetime.datetime) else found).strip('"')

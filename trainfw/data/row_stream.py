@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
-from trainfw.data.pipeline import Batch, EndlessBatches, check_share
+from trainfw.data.pipeline import Batch, EndlessBatches, State, check_share
 from trainfw.errors import UserError
 
 Row = dict[str, np.ndarray]
@@ -22,11 +21,11 @@ class RowStream(Iterator[Row], abc.ABC):
     """Identity of the rows and their order: a place in other ones means nothing."""
 
     @abc.abstractmethod
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Return the place after the last row."""
 
     @abc.abstractmethod
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go to a place."""
 
     @abc.abstractmethod
@@ -53,11 +52,11 @@ class RowBatches(EndlessBatches):
         self._rows = rows
         self._begin(0)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
         return {"next_row": self._next_row, "order": self._rows.order, "rows": self._after}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it is of other rows."""
         if state["order"] != self._rows.order:
             raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainfw import backends
 from trainfw.data.config import DataConfig
-from trainfw.data.pipeline import Batch, EndlessBatches
+from trainfw.data.pipeline import Batch, EndlessBatches, State
 from trainfw.data.python_rows import begin_rows, data_name, tokens_of
 from trainfw.data.rows import FIELDS, Rows
 from trainfw.data.store import TokenStore
@@ -54,7 +54,7 @@ class StreamIterator(EndlessBatches):
         self._used = False
         self._begin()
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Return where the last batch ended. JSON-serialisable, the same in every process.
 
         Raises RunError where another process has read other documents.
@@ -70,7 +70,7 @@ class StreamIterator(EndlessBatches):
             "place": self._source.get_state() if hasattr(self._source, "get_state") else None,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go on from a state. Raises UserError where the stream does not lead there."""
         if state["order"] != self._order():
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
 import zlib
@@ -11,15 +10,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from trainfw.data.block_cache import CachedBlocks
 from trainfw.data.cache import GZIP_BYTES, PreparedData, ready_tokenizer
-from trainfw.data.cache_directory import fingerprint_of, is_held_out
+from trainfw.data.cache_directory import cache_root, fingerprint_of, is_held_out
 from trainfw.data.config import DataConfig, StreamConfig
 from trainfw.data.files import Input, file_kind
+from trainfw.data.pipeline import State
 from trainfw.data.progress import Progress
 from trainfw.data.python_rows import RowSource, source_of
 from trainfw.data.readers import BEGIN, Place, documents_from
@@ -30,7 +30,6 @@ from trainfw.data.sources import Source, ends_of, readable
 from trainfw.data.store import TokenStore
 from trainfw.data.tokenizer import BATCH_BYTES, Tokenizer
 from trainfw.errors import RunError, UserError, about
-from trainfw.paths import cache_dir
 
 _FIRST_WINDOW = 64
 """Rows of the first window; each has twice as many as the one before, up to `window`."""
@@ -171,7 +170,7 @@ class StreamedRows(RowStream):
         self._drawn += 1
         return row
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Return the place after the last row, as JSON; the same in every process."""
         (number, begin), drawn = self._begin, self._drawn
         if self._window is not None and drawn == len(self._window.rows):
@@ -180,7 +179,7 @@ class StreamedRows(RowStream):
         place = {"epoch": at.epoch, "file": at.file, "place": list(at.place), "tokens": tokens}
         return {"window": number, "begins": place, "drawn": drawn}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go to a place of the same `order`."""
         place = state["begins"]
         offset, lines = place["place"]
@@ -318,7 +317,7 @@ def prepare_stream(
     assert tokenizer is not None  # DataConfig: none is trained
     with about("source"):
         source = source_of(config)
-        blocks = open_blocks(config, lambda _: None, threading.Event())
+        blocks = open_blocks(config, None, threading.Event(), ahead=False)
         try:
             corpus = Corpus(source, config, blocks)
             texts = list(_held_out(corpus, config, progress))
@@ -361,12 +360,14 @@ def _held_out(corpus: Corpus, config: DataConfig, progress: Progress | None) -> 
             return
 
 
-def open_blocks(config: DataConfig, report: Callable[[str], None], stop: threading.Event) -> CachedBlocks:
+def open_blocks(
+    config: DataConfig, report: Callable[[str], None] | None, stop: threading.Event, *, ahead: bool = True
+) -> CachedBlocks:
     """Return a reader of a store's blocks that keeps some on the disk, as `data.stream` says."""
     stream = config.stream or StreamConfig()
     size = min(BLOCK, max(stream.cache_bytes // 8, _SMALLEST_BLOCK)) if stream.cache_bytes else BLOCK
-    root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
-    return CachedBlocks(StoreBlocks(stream.wait_seconds, report, stop, size), root / "blocks", stream.cache_bytes)
+    blocks = StoreBlocks(stream.wait_seconds, report, stop, size)
+    return CachedBlocks(blocks, cache_root(config) / "blocks", stream.cache_bytes, ahead=ahead)
 
 
 def shuffled(count: int, seed: str) -> np.ndarray:

@@ -157,7 +157,8 @@ def _set(tree: object, path: list[str], value: object) -> Any:
     first, *rest = path
     if isinstance(tree, list) and first.isdigit() and int(first) < len(tree):
         at = int(first)
-        return [*tree[:at], _set(tree[at], rest, value) if rest else value, *tree[at + 1 :]]
+        item = {key: old for key, old in tree[at].items() if key != ".".join(rest)} if rest else value  # dotted there
+        return [*tree[:at], _set(item, rest, value) if rest else value, *tree[at + 1 :]]
     tree = tree if isinstance(tree, dict) else {}
     return {**tree, first: _set(tree.get(first), rest, value) if rest else value}
 

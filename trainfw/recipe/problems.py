@@ -25,7 +25,7 @@ def describe(error: Any, sources: Sources, file: str, family: str = DEFAULT_FAMI
         path.append(error["ctx"]["field"])
     # A field that takes several types is followed by their names.
     if kind != "extra_forbidden":
-        path = [part for part in path if not re.fullmatch(r"str|bool|float|list\[str\]|literal\[.*\]", part)]
+        path = [part for part in path if not re.fullmatch(r"str|bool|int|float|list\[str\]|literal\[.*\]", part)]
     elif "." not in path[-1]:
         while isinstance(value, dict) and len(value) == 1:  # of an unknown section, the key in it
             (name, value), *_ = value.items()
@@ -67,7 +67,11 @@ def _repeated(loc: Sequence[int | str]) -> str | None:
     for place, kind in kinds.items():
         depth = place.count(".") + 1
         if ".".join(path[:depth]) == place and len(path) > depth + 1:
-            known = [*keys_of(kind, DEFAULT_FAMILY)]
+            inside = ".".join(path[depth + 1 : -1])
+            known = [
+                (name, of) for name, of in keys_of(kind, DEFAULT_FAMILY) if name.startswith(f"{inside}." * bool(inside))
+            ]
+            known = known or [*keys_of(kind, DEFAULT_FAMILY)]
             last = {name.rpartition(".")[2]: name for name, _ in known}
             near = nearest(path[-1], last)
             if near is None and (ours := our_key(path[-1])) is not None:

@@ -185,7 +185,7 @@ class Recipe(Config):
             named = f"{key}.{first[0].removeprefix(f'{key}.')}" if first else ""
             if error.placed:
                 raise
-            if first and named in keys(self.model.family):
+            if first and named in keys(self.model.family) and "." not in error.field:
                 key, text = named, text[first.end() :]
             else:
                 key, text = f"{key}.{error.field}" if error.field else key, f": {text}"
@@ -199,8 +199,19 @@ class Recipe(Config):
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """List dotted key -> (value here, value in `other`), where they differ."""
-        mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
+        mine, theirs = (dict(leaves(_listed(recipe.model_dump()))) for recipe in (self, other))
         return {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs] if mine.get(key) != theirs.get(key)}
+
+
+def _listed(tree: dict[str, object]) -> dict[str, object]:
+    """Return a recipe's keys with each stage by its number, and without what it leaves out."""
+    listed = tree.get("stages")
+    stages = {str(i): _given(stage) for i, stage in enumerate(listed if isinstance(listed, list) else ())}
+    return {**tree, "stages": stages}
+
+
+def _given(tree: object) -> object:
+    return {key: _given(value) for key, value in tree.items() if value is not None} if isinstance(tree, dict) else tree
 
 
 def expect_recipe(given: object) -> Recipe:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -58,6 +59,21 @@ class StageOptimizer(Config):
     """Replacement of optimizer.final_fraction."""
 
 
+def in_sections(given: Mapping[str, object]) -> dict[str, object]:
+    """Return a stage's keys with `data.sequence_length: 4096` as `data: {sequence_length: 4096}`."""
+    tree = {key: value for key, value in given.items() if not (isinstance(key, str) and "." in key)}
+    for key, value in given.items():
+        if key not in tree:
+            section, _, rest = key.partition(".")
+            inside: object = {} if tree.get(section) is None else tree[section]
+            if not isinstance(inside, dict):
+                invalid(section, f"expected a section, beside {key}")
+            if rest in inside:
+                invalid(section, f"{key} is written twice")
+            tree[section] = {**inside, rest: value}
+    return tree
+
+
 class StageConfig(Config):
     """A part of a run; what it leaves out is as in the rest of the recipe."""
 
@@ -76,19 +92,9 @@ class StageConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _dotted(cls, given: Any) -> Any:
+    def _dotted(cls, given: object) -> object:
         """Take `data.sequence_length: 4096` for `data: {sequence_length: 4096}`."""
-        if not isinstance(given, dict):
-            return given
-        tree = {key: value for key, value in given.items() if not (isinstance(key, str) and "." in key)}
-        for key, value in given.items():
-            if key not in tree:
-                section, _, rest = key.partition(".")
-                inside = tree.get(section) or {}
-                if not isinstance(inside, dict) or rest in inside:
-                    invalid(section, f"{key} is written twice")
-                tree[section] = {**inside, rest: value}
-        return tree
+        return in_sections(given) if isinstance(given, dict) else given
 
     @field_validator("until")
     @classmethod

@@ -111,7 +111,7 @@ def stage_to_plan(recipe: Recipe, number: int | None = None) -> Recipe:
         return stages[number - 1].alone
     if len({stage.shape for stage in stages}) == 1:
         return recipe
-    return max(stages, key=lambda stage: stage.recipe.tokens_per_step).alone
+    return max(stages, key=lambda stage: (stage.recipe.tokens_per_step, stage.recipe.sequence_length)).alone
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -130,11 +130,19 @@ def check_stages(recipe: Recipe) -> None:
             past = f"the stage before ends at step {before:,}" if before else "no step is in it"
             invalid(f"{key}.until", f"{said}: {past}; expected a later step")
         if end > recipe.train.steps or (i == last and end < recipe.train.steps):
-            invalid(f"{key}.until", f"{said}: the run ends at train.steps = {recipe.train.steps:,}; expected that")
-        before = end
+            most = "expected that" if i == last else "expected an earlier step"
+            invalid(f"{key}.until", f"{said}: the run ends at train.steps = {recipe.train.steps:,}; {most}")
+        steps, before = end - before, end
         _check_weights(recipe, config, key)
+        if config.optimizer is None:
+            continue
         try:
-            _ = config.optimizer and _optimizer_of(recipe, config)
+            own = _optimizer_of(recipe, config)
+            for field, length in (("warmup_steps", own.warmup_steps), ("decay_steps", own.decay_steps or 0)):
+                rest = steps - (own.warmup_steps if field == "decay_steps" else 1)
+                if length > max(rest, 0):
+                    problem = f"{length} is too long for a stage of {steps:,} steps; expected at most {max(rest, 0)}"
+                    invalid(f"{key}.optimizer.{field}", problem)
         except ValidationError as error:
             found = error.errors(include_url=False)[0]
             field = found.get("ctx", {}).get("field") or ".".join(map(str, found["loc"]))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from trainfw.data import (
+    Batch,
     DataConfig,
     Prepared,
     PreparedData,
@@ -26,7 +27,7 @@ from trainfw.errors import RunError, UserError
 from trainfw.objectives import Mean, Metrics, Objective
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
-from trainfw.recipe import load_recipe, override_keys
+from trainfw.recipe import Recipe, load_recipe, override_keys
 from trainfw.training.inputs import check_inputs
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params, without_own
 from trainfw.training.reporter import Reporter
@@ -112,12 +113,13 @@ def validate(
     `ema` is the decay of the average that `params` are, where they are one.
     """
 
-    def evaluate_batch(batch: Mapping[str, Any]) -> Metrics:
+    def evaluate_batch(batch: Batch) -> Metrics:
         return eval_step(params, frozen, program.shard_batch(batch, training=False))
 
     found: dict[str, Validation] = {}
-    for name, part in data.parts.items():
+    for name in data.parts:
         config = program.recipe.data.parts[name]
+        part = data.at(name, config.sequence_length)
         one = _validate_part(program, evaluate_batch, part, config, progress, stop)
         if one is None:
             return None
@@ -152,7 +154,7 @@ def _average(parts: Mapping[str, Validation], weights: Mapping[str, float]) -> V
 
 def _validate_part(
     program: Program,
-    evaluate_batch: Callable[[Mapping[str, Any]], Metrics],
+    evaluate_batch: Callable[[Batch], Metrics],
     data: PreparedData | PreparedImages,
     config: DataConfig,
     progress: Progress,
@@ -184,6 +186,19 @@ def _validate_part(
         complete = count == held_out.num_targets
     metrics = {name: mean.value() for name, mean in totals.items()}
     return Validation(loss=loss, unit=unit, count=count, metrics=metrics, bits_per_byte=bits, complete=complete)
+
+
+def _as_in_the_end(recipe: Recipe) -> list[str]:
+    """Return what makes a recipe validate as its last stage does."""
+    last = recipe.in_stages()[-1]
+    if not recipe.stages:
+        return []
+    weights = (
+        []
+        if recipe.data.mixture is None
+        else [f"data.mixture.{name}.weight={last.weights.get(name, (0.0, 0.0))[1]}" for name in recipe.data.mixture]
+    )
+    return ["stages=[]", f"data.sequence_length={last.recipe.data.sequence_length}", *weights]
 
 
 # What an evaluation may be told; anything else would be silently ignored.
@@ -218,21 +233,22 @@ def evaluate(
     images = load_recipe(run.recipe_file).reads_images
     if not images and any(key.startswith("data") for key in keys):
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
+    trained = load_recipe(run.recipe_file)
+    settings += _as_in_the_end(trained)
+    names = {name for stage in trained.in_stages() for name in stage.weights}
     recipe = load_recipe(load_recipe(run.recipe_file, settings), overrides)
-    if recipe.stages and "data.sequence_length" not in keys:  # as the run itself validates in the end
-        recipe = recipe.model_copy(update={"data": recipe.in_stages()[-1].recipe.data})
     check_inputs(recipe)
     program = build_program(without_own(recipe, "optimizer"), objective=objective)
     data: Prepared
     if images:
         mixed = recipe.data.mixture is not None
-        data = prepare_mixture(recipe, reporter.progress) if mixed else prepare_images(recipe, reporter.progress)
+        data = prepare_mixture(recipe, reporter.progress, names) if mixed else prepare_images(recipe, reporter.progress)
         classes, encoders = read_conditions(run.path)
         if data.classes != classes:
             raise recipe.error("data.source", f"has other classes than {run} was trained on")
         check_encoders(recipe, data.encoders, encoders, run.path)
     elif recipe.data.mixture is not None:
-        data = prepare_mixture(recipe, reporter.progress)
+        data = prepare_mixture(recipe, reporter.progress, names)
     else:
         with recipe.blamed("data"):
             data = prepare(recipe.data, progress=reporter.progress)

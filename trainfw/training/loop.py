@@ -288,6 +288,14 @@ def _say_start(
             reporter.note(f"accept: {key}: nothing to accept, {why}")
 
 
+def _same_held_out(saved: str, now: str) -> bool:
+    """Tell whether the held-out data is the same; of a mixture, that of the sources which are there both times."""
+    if ":" not in saved or ":" not in now:
+        return saved == now
+    before, after = (dict(part.split(":") for part in text.split(" ")) for text in (saved, now))
+    return all(after.get(name, digest) == digest for name, digest in before.items())
+
+
 def _state_at(
     program: Program,
     checkpoints: Checkpoints,
@@ -309,11 +317,11 @@ def _state_at(
     if (saved := int(rest["step"])) != step:  # in format 1 the manifest does not say
         raise RunError(f"{checkpoints.directory}: the checkpoint of step {step} is step {saved}, not {step}")
     with program.recipe.blamed("data"):
-        batches.set_state(meta["data"])
         place = meta["data"]
         if (begun := place.get("stage", place.get("rows", {}).get("stage"))) is not None:
             check_stage(program.recipe, begun, step)
-        if meta.get("held_out", held_out) != held_out:
+        batches.set_state(place)
+        if not _same_held_out(meta.get("held_out", held_out), held_out):
             raise UserError(
                 "the held-out documents are others than they were, so its validation losses would not compare; "
                 "restore them, or start a new run"

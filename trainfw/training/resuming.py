@@ -110,9 +110,8 @@ class Change:
         """Why the run cannot go on with it, and what would let it; empty where it can."""
         if self.effect in ("same", "compared", "longer") or (self.effect == "numbers" and covers(accept, self.key)):
             return ""
-        why = _WHY.get(
-            self.effect, f"changes the losses; --accept {self.key} goes on with it, or accept=[{self.key!r}]"
-        )
+        key = "stages" if self.key.startswith("stages.") else self.key  # as far as keys are known
+        why = _WHY.get(self.effect, f"changes the losses; --accept {key} goes on with it, or accept=[{key!r}]")
         where = f" ({self.where})" if self.where else ""
         return f"{self.key}: {self.before!r:.60} there, {self.now!r:.60} here{where}: {why}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,8 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
     with recipe.blamed("data"):
         source = data.data_name(given)
     lengths = {stage.recipe.data.sequence_length for stage in recipe.in_stages()}
+    if any(stage.mixture is not None for stage in recipe.stages):
+        raise recipe.error("stages", "weighs sources of a mixture, and a script hands its data over: leave it out")
     if len(lengths) > 1 and recipe.data.format != "text":
         raise recipe.error("stages", "examples that a script hands over are packed for one sequence_length: name files")
     if recipe.data.stream is not None:
@@ -51,7 +53,8 @@ def read_data(recipe: Recipe, own: object, reporter: Reporter, progress: data.Pr
 
     Raises UserError where it cannot be read, or does not suit the model.
     """
-    if recipe.data.mixture is not None:
+    lengths = {stage.recipe.data.sequence_length for stage in recipe.in_stages()}
+    if recipe.data.mixture is not None or (own is None and recipe.data.format != "text" and len(lengths) > 1):
         return _read_mixture(recipe, reporter, progress)
     if recipe.reads_images:
         return _read_images(recipe, own, reporter, progress)
@@ -103,24 +106,30 @@ def _size(prepared: data.PreparedData, config: data.DataConfig) -> str:
 
 def _read_mixture(recipe: Recipe, reporter: Reporter, progress: data.Progress) -> data.PreparedMixture:
     mixture = prepare_mixture(recipe, progress)
-    _note(reporter, mixture)
     if recipe.reads_images:
+        _note(reporter, mixture)
         _check_classes(recipe, mixture.classes)
         return mixture
     _check_length(recipe, reporter)
-    for name, part in mixture.parts.items():
-        assert isinstance(part, data.PreparedData)
-        _check_tokens(recipe, part, None)
-        if recipe.data.stream is None:
-            _note_packing(reporter, part, recipe.data.parts[name], name)
-        size = _size(part, recipe.data.parts[name]) if recipe.data.stream is None else _size_of_stream(recipe, part)
-        reporter.note(f"data: {name}: {size}")
+    for name, config in recipe.data.parts.items():
+        lengths = [length for one, length in mixture.packed if one == name] or [config.sequence_length]
+        for length in lengths if name in mixture.parts else ():
+            part, at = mixture.at(name, length), config.model_copy(update={"sequence_length": length})
+            assert isinstance(part, data.PreparedData)
+            _check_tokens(recipe, part, None)
+            _note(reporter, part, name)
+            if recipe.data.stream is None:
+                _note_packing(reporter, part, at, name)
+            size = _size(part, at) if recipe.data.stream is None else _size_of_stream(recipe, part)
+            reporter.note(f"data: {f'{name}: ' * bool(name)}{size}")
     return mixture
 
 
-def prepare_mixture(recipe: Recipe, progress: data.Progress) -> data.PreparedMixture:
-    """Return the sources of a recipe's mixture that have a weight in some stage."""
-    used = {name for stage in recipe.in_stages() for name in stage.weights}
+def prepare_mixture(recipe: Recipe, progress: data.Progress, names: Collection[str] = ()) -> data.PreparedMixture:
+    """Return the sources of a recipe that have a weight in some stage, and those of `names`; examples for rows of every
+    stage's length."""
+    stages = recipe.in_stages()
+    used = {*names, *(name for stage in stages for name in stage.weights)}
     configs = {name: config for name, config in recipe.data.parts.items() if name in used}
     if recipe.reads_images:
         pictures = {name: prepare_images(recipe, progress, name) for name in configs}
@@ -128,11 +137,19 @@ def prepare_mixture(recipe: Recipe, progress: data.Progress) -> data.PreparedMix
     with recipe.blamed("data"):
         trained = data.train_mixture_bpe(recipe.data, progress) if recipe.data.tokenizer.name == "bpe" else None
         tokenizer = trained or data.ready_tokenizer(recipe.data)
+    lengths = dict.fromkeys(stage.recipe.data.sequence_length for stage in stages)
     parts: dict[str, data.PreparedData] = {}
+    packed: dict[tuple[str, int], data.PreparedData] = {}
     for name, config in configs.items():
-        with recipe.blamed(f"data.mixture.{name}"):
-            parts[name] = data.prepare(config, tokenizer=tokenizer, progress=progress)
-    return data.PreparedMixture(parts)
+        with recipe.blamed(f"data.mixture.{name}" if name else "data"):
+            if config.format == "text":
+                parts[name] = data.prepare(config, tokenizer=tokenizer, progress=progress)
+                continue
+            for length in lengths:  # all of it is validated in each stage
+                at = config.model_copy(update={"sequence_length": length})
+                packed[name, length] = data.prepare(at, tokenizer=tokenizer, progress=progress)
+            parts[name] = packed[name, stages[-1].recipe.data.sequence_length]
+    return data.PreparedMixture(parts, packed)
 
 
 def _note_stream(recipe: Recipe, prepared: data.PreparedData, reporter: Reporter) -> None:
@@ -152,9 +169,11 @@ def _size_of_stream(recipe: Recipe, prepared: data.PreparedData) -> str:
     )
 
 
-def _note(reporter: Reporter, prepared: data.Prepared) -> None:
+def _note(reporter: Reporter, prepared: data.Prepared, name: str = "") -> None:
+    of = f"{name}: " * bool(name)
     for note in prepared.notes():
-        reporter.note(note if note.startswith("warning: ") else f"data: {note}")
+        warning = note.startswith("warning: ")
+        reporter.note(f"{'warning' if warning else 'data'}: {of}{note.removeprefix('warning: ')}")
 
 
 def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: object) -> None:
@@ -312,14 +331,13 @@ def mixed_stages(recipe: Recipe, prepared: data.Prepared, report: Callable[[str]
     mixed = [
         data.MixedStage(
             *_shares_of(stage),
-            rows={name: _rows_of(stage, name, prepared, recipe.data.sequence_length) for name in stage.weights},
+            rows={name: _rows_of(stage, name, prepared) for name in stage.weights},
         )
         for stage in stages
     ]
     passes: dict[str, float] = {}
     for stage, one in zip(stages, mixed):
         for name, count in one.counts().items():
-            one.rows[name].require(1)
             passes[name] = passes.get(name, 0.0) + count / len(one.rows[name])
         if recipe.stages:
             report(f"data: {stage}")
@@ -368,12 +386,11 @@ def _check_repeats(recipe: Recipe, name: str, times: float) -> None:
             )
 
 
-def _rows_of(stage: Stage, name: str, prepared: data.Prepared, packed: int) -> data.RowSet:
-    """Return the rows of a source in a stage; examples that were `packed` for another length are packed anew."""
-    part, config = prepared.parts[name], stage.recipe.data.parts[name]
-    store = part.train
-    if isinstance(store, data.TokenStore) and store.learnt is not None and config.sequence_length != packed:
-        assert isinstance(part, data.PreparedData)
-        with stage.recipe.blamed(f"data.mixture.{name}" if name else "data"):
-            store = data.prepare(config, tokenizer=part.tokenizer).train
-    return data.row_set(store, config)
+def _rows_of(stage: Stage, name: str, prepared: data.Prepared) -> data.RowSet:
+    """Return the rows of a source in a stage. Raises UserError where there are none."""
+    config = stage.recipe.data.parts[name]
+    with stage.recipe.blamed(f"data.mixture.{name}" if name else "data"), about("source"):
+        rows = data.row_set(prepared.at(name, config.sequence_length).train, config)
+        if not len(rows):
+            raise UserError(f"makes no row of {config.sequence_length:,} tokens; give more data, or shorter rows")
+    return rows

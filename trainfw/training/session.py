@@ -192,6 +192,7 @@ class Session:
                 return state, step, self._leave(state, step, stop)
             if step == self.stages.current.end:
                 self._enter(step)
+                self.times.clear()  # of steps of another size
                 self.last_completed = time.monotonic()  # to compile is no part of a step's time
             row = self.batches.next_row
             try:

@@ -63,6 +63,10 @@ class PreparedImages:
         """The one source that it is of, under an empty name."""
         return {"": self}
 
+    def at(self, _name: str, _length: int) -> PreparedImages:
+        """Return the one source."""
+        return self
+
     @property
     def held_out_digest(self) -> str:
         return self.validation.digest

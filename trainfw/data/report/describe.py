@@ -122,14 +122,22 @@ class DataReport:
 
 
 def by_format(config: DataConfig) -> list[DataConfig]:
-    """Return a config for each format of its sources, since documents of several are not compared."""
+    """Return a config for each format of its sources and ways of reading it, of which documents are not compared."""
     if config.mixture is None:
         return [config]
-    found = []
-    for kind in dict.fromkeys(one.format or config.format for one in config.mixture.values()):
-        mixture = {n: one for n, one in config.mixture.items() if (one.format or config.format) == kind}
-        found.append(config.model_copy(update={"mixture": mixture, "format": kind}))
-    return found
+    of_one = {"source", "weight", "repeats", "max_documents", "validation_fraction"}
+    groups: dict[str, list[str]] = {}
+    for name, one in config.mixture.items():
+        groups.setdefault(one.model_dump_json(exclude=of_one), []).append(name)
+    return [
+        config.model_copy(
+            update={
+                "mixture": {name: config.mixture[name] for name in names},
+                "format": config.parts[names[0]].format,
+            }
+        )
+        for names in groups.values()
+    ]
 
 
 def describe_data(config: DataConfig, options: ReportOptions, progress: Progress | None = None) -> DataReport:

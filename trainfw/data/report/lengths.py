@@ -76,7 +76,8 @@ def example_lengths(
 
     Raises UserError where the tokenizer has no chat template, and needs one.
     """
-    unbounded = config.model_copy(update={"sequence_length": _UNBOUNDED})
+    one = next(iter(config.parts.values()))  # of a mixture, whose sources have the same options here
+    unbounded = one.model_copy(update={"sequence_length": _UNBOUNDED})
     encoder = (PairEncoder if config.format == "preferences" else Encoder)(unbounded, tokenizer)
     rows = iter(_rows(reported(sample, "Counting tokens", len(sample), progress), source))
     lengths: list[int] = []
