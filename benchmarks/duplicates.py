@@ -1,4 +1,4 @@
-"""What `trainfw data report` finds: python benchmarks/duplicates.py [--planted N] [--json FILE] [--save]
+"""Count what `trainfw data report` finds: python benchmarks/duplicates.py [--planted N] [--json FILE] [--save]
 
 1,000 distinct documents of Python's library and of this machine's man pages (or of the help texts of Python's modules,
 where it has none), distinct since the Jaccard similarity of every pair of them, computed exactly here, is below 0.8;
@@ -38,7 +38,7 @@ def man_pages(count: int) -> Iterator[tuple[str, str]]:
 
 
 def help_texts() -> Iterator[tuple[str, str]]:
-    """What `help` says of each topic and module of Python's library."""
+    """Texts that `help` shows of each topic and module of Python's library."""
     import pydoc
     from pydoc_data.topics import topics
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/duplicates.py` plants, and what it makes of what is found. The report is not run here."""
+"""Copies that `benchmarks/duplicates.py` plants, and its judgement of what is found. The report is not run here."""
 
 from __future__ import annotations
 

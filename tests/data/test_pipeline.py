@@ -120,6 +120,21 @@ def test_state_of_other_data_is_refused() -> None:
             _iterator(config).set_state(state)
 
 
+def _goes_on(
+    first: TrainIterator, store: TokenStore, config: DataConfig, batch: int, processes: int
+) -> dict[str, object]:
+    """Compare the next batches with those of so many processes that go on from the same state, which is returned."""
+    state = json.loads(json.dumps(first.get_state()))
+    expected = _held(itertools.islice(first, 3))
+    shares = []
+    for p in range(processes):
+        resumed = train_iterator(store, config, global_batch_size=batch, process_index=p, process_count=processes)
+        resumed.set_state(state)
+        shares.append([_held([batch]) for batch in itertools.islice(resumed, 3)])
+    assert [row for step in zip(*shares) for share in step for row in share] == expected
+    return state
+
+
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 @pytest.mark.parametrize("split", ["long", "never"])
 def test_packed_documents_resume_exactly(process_count: int, split: str) -> None:
@@ -127,14 +142,7 @@ def test_packed_documents_resume_exactly(process_count: int, split: str) -> None
     config = DataConfig(sequence_length=12, packing="best_fit", split=split, seed=3)
     first = train_iterator(store, config, global_batch_size=4)
     _held(itertools.islice(first, 5))
-    state = json.loads(json.dumps(first.get_state()))
-    expected = _held(itertools.islice(first, 3))
-    shares = []
-    for p in range(process_count):
-        resumed = train_iterator(store, config, global_batch_size=4, process_index=p, process_count=process_count)
-        resumed.set_state(state)
-        shares.append([_held([batch]) for batch in itertools.islice(resumed, 3)])
-    assert [row for step in zip(*shares) for share in step for row in share] == expected
+    state = _goes_on(first, store, config, 4, process_count)
     for other in ({"split": "long" if split == "never" else "never"}, {"packing": "concatenate", "split": "long"}):
         with pytest.raises(UserError, match="the data has changed since this state was saved"):
             train_iterator(store, config.model_copy(update=other), global_batch_size=4).set_state(state)
@@ -201,14 +209,7 @@ def test_examples_come_in_order_and_resume_exactly(process_count: int) -> None:
     epochs = 2  # of 4 rows, in 4 batches
     seen = _held(itertools.islice(first, len(rows) * epochs // 2))
     assert Counter(map(tuple, seen)) == Counter({tuple(rows[i]["tokens"]): epochs for i in range(len(rows))})
-    state = json.loads(json.dumps(first.get_state()))
-    expected = _held(itertools.islice(first, 3))
-    shares = []
-    for p in range(process_count):
-        resumed = train_iterator(EXAMPLES, config, global_batch_size=2, process_index=p, process_count=process_count)
-        resumed.set_state(state)
-        shares.append([_held([batch]) for batch in itertools.islice(resumed, 3)])
-    assert [row for step in zip(*shares) for share in step for row in share] == expected
+    state = _goes_on(first, EXAMPLES, config, 2, process_count)
     with pytest.raises(UserError, match="the data has changed"):
         train_iterator(STORE, config, global_batch_size=2).set_state(state)
     batches = list(validation_batches(EXAMPLES, config, global_batch_size=3))

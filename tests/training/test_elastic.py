@@ -8,53 +8,15 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.chaos import WATCHED, rows
 from tests.helpers import losses, write_recipe
 from trainfw.launch import launch_local
 
 STEPS = 100
-
-# `trainfw`, but each row that is trained on is written down with its place in the run's order.
-WATCHED = """
-import hashlib, json, os, sys
-from trainfw import backends
-from trainfw.cli import main
-
-connect = backends.connect
-
-def connect_and_watch(*arguments):
-    connect(*arguments)  # before anything touches a device
-    from trainfw.data import TrainIterator
-
-    take = TrainIterator._take
-    TrainIterator._take = lambda self: watched(self, take)
-
-def watched(self, take):
-    first, batch = self._next_row, take(self)
-    share = len(batch["tokens"])
-    with open(os.environ["ROWS"] + str(os.getpid()), "a") as file:
-        for i, tokens in enumerate(batch["tokens"]):
-            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()
-            print(json.dumps([first + self._share.start * share + i, digest]), file=file)
-    return batch
-
-backends.connect = connect_and_watch
-main()
-"""
-
-
-def rows(directory: Path) -> dict[int, str]:
-    """Digest by place; a row that was read twice must be the same."""
-    found: dict[int, str] = {}
-    for file in directory.glob("rows-*"):
-        for line in file.read_text().splitlines():
-            place, digest = json.loads(line)
-            assert found.setdefault(place, digest) == digest
-    return found
 
 
 def train(directory, recipe, devices, processes, *overrides, kill_at=None):
@@ -65,7 +27,8 @@ def train(directory, recipe, devices, processes, *overrides, kill_at=None):
     command = [sys.executable, str(directory / "watched.py"), "train", str(recipe), *overrides]
     command += ["--devices", str(devices // processes), "--run-dir", str(run)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROWS", str(directory / "rows-"))
+        (directory / "rows").mkdir(exist_ok=True)
+        patch.setenv("ROWS", f"{directory / 'rows'}/")
         if processes > 1:
             assert launch_local(command, processes, directory / "logs") == 0
             return
@@ -89,7 +52,7 @@ def test_the_examples_are_those_of_the_uninterrupted_run(tmp_path):
     train(moved, recipe, 2, 1, "parallel.data=2", kill_at=40)
     train(moved, recipe, 8, 1, "parallel={fsdp: 4, tensor: 2}", kill_at=60)
     train(moved, recipe, 2, 2, "parallel.data=2")
-    expected, found = rows(tmp_path / "straight"), rows(moved)
+    expected, found = rows(tmp_path / "straight" / "rows"), rows(moved / "rows")
     trained = range(STEPS * 8)  # and what was read ahead
     assert [found[i] for i in trained] == [expected[i] for i in trained]
     straight, elastic = (losses(tmp_path / name / "run") for name in ("straight", "moved"))

@@ -7,20 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import Heard
 from trainfw import load_recipe
 from trainfw.errors import UserError
 from trainfw.recipe import Recipe
-from trainfw.training import Reporter
 from trainfw.training.run_data import name_data, read_data
-
-
-class Heard(Reporter):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def recipe_of(tmp_path: Path, **data: object) -> Recipe:

@@ -43,14 +43,14 @@ def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
             reporter.progress(description, completed, total)
 
         prepared = training.read_data(loaded, None, reporter, progress)
-        if (loaded.stages or loaded.data.mixture is not None) and loaded.data.stream is None:
+        if loaded.stages or loaded.data.mixture is not None:
             training.mixed_stages(loaded, prepared, reporter.note)
     seconds = time.monotonic() - started
     root = data.cache_root(loaded.data)
     if rows := [row for name, part in prepared.parts.items() for row in _splits(name, part)]:
         for line in table([["", "documents", "tokens", "MB"], *rows], "<>>>"):
             say(line)
-    if any(_shows_the_day(loaded.data.parts[name], part) for name, part in prepared.parts.items()):
+    if any(_shows_the_day(loaded.data.part(name), part) for name, part in prepared.parts.items()):
         say("note: the chat template shows the day: a run of another day tokenises again, or name it in data.date")
     places = [root / part.fingerprint for part in prepared.parts.values()]
     size = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())

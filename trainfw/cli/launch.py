@@ -116,7 +116,7 @@ def kubernetes(
         list[str] | None,
         typer.Option(metavar="NAME=AMOUNT", help="Ask for it in each pod too, such as memory=1500Gi, cpu=180."),
     ] = None,
-    queue: Annotated[str | None, typer.Option(help="Of Kueue, to wait in.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Queue of Kueue to wait in.")] = None,
     grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and SIGKILL.", min=1)] = 120,
     restarts: Annotated[int, typer.Option(help="How often the pods may be started anew.", min=0)] = 100,
     run_dir: Annotated[str | None, typer.Option(help="In the pods (default: runs/NAME in the first volume).")] = None,

@@ -49,7 +49,7 @@ Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instanc
 Hardware = Annotated[str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).")]
 Count = Annotated[int | None, typer.Option("--count", help="Number of it (default: the recipe's; 1 with --hardware).")]
 Resume = Annotated[_Resume, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
-RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).")]
+RunDir = Annotated[str | None, typer.Option(help="Directory of the run (default: runs/<name>).")]
 Accept = Annotated[
     list[str] | None,
     typer.Option(

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from trainfw.data.cache_directory import CacheDirectory, Meta, are_held_out, fingerprint_of, is_held_out, write_meta
 from trainfw.data.chat import ChatTemplate, stop_ids
@@ -38,8 +38,28 @@ GZIP_BYTES = 2**15
 tables within are about a hundredth of so much text, and most of a few hundred bytes."""
 
 
+class OneSource:
+    """Prepared data that is of one source, as a mixture has several."""
+
+    validation: Any
+
+    @property
+    def parts(self) -> dict[str, Self]:
+        """The source, under an empty name."""
+        return {"": self}
+
+    def at(self, _name: str, _length: int) -> Self:
+        """Return the source, whatever the length of rows."""
+        return self
+
+    @property
+    def held_out_digest(self) -> str:
+        digest: str = self.validation.digest
+        return digest
+
+
 @dataclass(frozen=True)
-class PreparedData:
+class PreparedData(OneSource):
     """Both splits, tokenised, and the tokenizer that did it."""
 
     train: TokenStore
@@ -57,19 +77,6 @@ class PreparedData:
     """Files of the source that were not read, by kind; empty if there are none."""
     damage: str = ""
     """Damage for which the cache was made again; empty if there was none."""
-
-    @property
-    def parts(self) -> dict[str, PreparedData]:
-        """The one source that it is of, under an empty name."""
-        return {"": self}
-
-    def at(self, _name: str, _length: int) -> PreparedData:
-        """Return the one source."""
-        return self
-
-    @property
-    def held_out_digest(self) -> str:
-        return self.validation.digest
 
     def facts(self) -> dict[str, str]:
         """Return what all processes of a run must have alike."""

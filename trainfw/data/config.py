@@ -399,6 +399,10 @@ class DataConfig(Config):
             return {"": self}
         return {name: self._part(one) for name, one in self.mixture.items()}
 
+    def part(self, name: str) -> DataConfig:
+        """Return one of `parts`."""
+        return self if self.mixture is None else self._part(self.mixture[name])
+
     @property
     def formats(self) -> set[str]:
         """Kinds of data of all sources."""

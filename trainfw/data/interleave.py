@@ -116,6 +116,8 @@ class Interleaving:
     def _reached(self, source: int, number: int, parts: int) -> int:
         """Return the least count of places over which a source's shares sum to number / parts."""
         wanted = -(-number * self._whole // parts)
+        if (each := self._after[source]) == self._linear[source]:  # a constant share, as most are
+            return -(-wanted // each) if each else _NEVER
         high = 1
         while self._total(source, high) < wanted:
             high *= 2

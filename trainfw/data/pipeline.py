@@ -27,7 +27,27 @@ READ_THREADS = 2
 """Reading a row is a page or two from disk and a little NumPy: more threads only contend for the interpreter."""
 
 
-class EndlessBatches(Iterator[Batch], abc.ABC):
+class Resumable(abc.ABC):
+    """Rows, or batches of them, without end: the same ones in every process, from a place that JSON can write."""
+
+    @abc.abstractmethod
+    def get_state(self) -> State:
+        """Return the place after the last one, as JSON; the same in every process, whatever their number."""
+
+    @abc.abstractmethod
+    def set_state(self, state: State) -> None:
+        """Go on from `state`, with any number of processes. Raises UserError where it does not lead there."""
+
+    @abc.abstractmethod
+    def restart(self) -> None:
+        """Go back to the beginning."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stop reading ahead. Closing twice is harmless."""
+
+
+class EndlessBatches(Resumable, Iterator[Batch]):
     """Batches of rows in one endless order, some of which are left out."""
 
     _next_row: int
@@ -63,22 +83,6 @@ class EndlessBatches(Iterator[Batch], abc.ABC):
     @abc.abstractmethod
     def _take(self) -> Batch:
         """Return the next batch, skipped or not."""
-
-    @abc.abstractmethod
-    def get_state(self) -> State:
-        """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
-
-    @abc.abstractmethod
-    def set_state(self, state: State) -> None:
-        """Go on from `state`, with any number of processes. Raises UserError where it does not lead there."""
-
-    @abc.abstractmethod
-    def restart(self) -> None:
-        """Go back to the beginning."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Stop reading. Closing twice is harmless."""
 
 
 class GrainBatches(EndlessBatches):

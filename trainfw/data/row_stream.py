@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from trainfw.data.pipeline import Batch, EndlessBatches, State, check_share
+from trainfw.data.pipeline import Batch, EndlessBatches, Resumable, State, check_share
 from trainfw.errors import UserError
 
 Row = dict[str, np.ndarray]
 """The arrays named in `rows.FIELDS`, each (S,)."""
 
 
-class RowStream(Iterator[Row], abc.ABC):
-    """Rows without end, the same ones in every process, from a place that JSON can write."""
+class RowStream(Resumable, Iterator[Row]):
+    """Rows that come one after another; a place in others than those of its `order` means nothing."""
 
     order: str
-    """Identity of the rows and their order: a place in other ones means nothing."""
-
-    @abc.abstractmethod
-    def get_state(self) -> State:
-        """Return the place after the last row."""
-
-    @abc.abstractmethod
-    def set_state(self, state: State) -> None:
-        """Go to a place."""
-
-    @abc.abstractmethod
-    def restart(self) -> None:
-        """Go back to the first row."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Stop reading ahead. Closing twice is harmless."""
+    """Identity of the rows and their order."""
 
     def give_up_when(self, asked: Callable[[], bool]) -> None:
         """Let a row that is waited for fail (RunError) once `asked` says so."""

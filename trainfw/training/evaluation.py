@@ -118,7 +118,7 @@ def validate(
 
     found: dict[str, Validation] = {}
     for name in data.parts:
-        config = program.recipe.data.parts[name]
+        config = program.recipe.data.part(name)
         part = data.at(name, config.sequence_length)
         one = _validate_part(program, evaluate_batch, part, config, progress, stop)
         if one is None:

@@ -116,6 +116,8 @@ class Outcome:
 
     def enter(self, program: Program, eval_step: Callable[[], Any]) -> None:
         """Measure by another stage's program."""
+        if program is not self.program:
+            self._denoise = None  # it is of the other's batch
         self.program, self.eval_step = program, eval_step
 
     def _drawer(self, state: TrainState) -> Drawer:

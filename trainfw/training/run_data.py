@@ -224,7 +224,7 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None, name: 
     needed: Literal["label"] | None = "label" if conditioning == "class" else None
     with recipe.blamed(f"data.mixture.{name}" if name else "data"):
         return data.prepare_images(
-            recipe.data.parts[name],
+            recipe.data.part(name),
             size=size,
             channels=channels,
             condition=needed,
@@ -366,7 +366,7 @@ def _mixed_streams(
     for name, part in prepared.parts.items():
         assert isinstance(part, data.PreparedData)  # pictures are not streamed
         with recipe.blamed(f"data.mixture.{name}" if name else "data"):
-            config = recipe.data.parts[name]
+            config = recipe.data.part(name)
             streams[name] = data.StreamedRows(config, part.tokenizer, report=report, progress=progress)
     stages = recipe.in_stages()
     for stage in stages:
@@ -388,7 +388,7 @@ def _check_repeats(recipe: Recipe, name: str, times: float) -> None:
 
 def _rows_of(stage: Stage, name: str, prepared: data.Prepared) -> data.RowSet:
     """Return the rows of a source in a stage. Raises UserError where there are none."""
-    config = stage.recipe.data.parts[name]
+    config = stage.recipe.data.part(name)
     with stage.recipe.blamed(f"data.mixture.{name}" if name else "data"), about("source"):
         rows = data.row_set(prepared.at(name, config.sequence_length).train, config)
         if not len(rows):

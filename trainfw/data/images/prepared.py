@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from trainfw.data.cache import OneSource
 from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, is_held_out, write_meta
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Refusals, Refused
@@ -35,7 +36,7 @@ Condition = Literal["label", "caption"]
 
 
 @dataclass(frozen=True)
-class PreparedImages:
+class PreparedImages(OneSource):
     """Both splits, decoded, and the names of their classes."""
 
     train: ImageStore
@@ -57,19 +58,6 @@ class PreparedImages:
     """
     cut: int = 0
     """Captions that were cut short."""
-
-    @property
-    def parts(self) -> dict[str, PreparedImages]:
-        """The one source that it is of, under an empty name."""
-        return {"": self}
-
-    def at(self, _name: str, _length: int) -> PreparedImages:
-        """Return the one source."""
-        return self
-
-    @property
-    def held_out_digest(self) -> str:
-        return self.validation.digest
 
     def notes(self) -> list[str]:
         """Describe the data in lines: files that were not read, numbers of pictures, refused ones."""

@@ -133,7 +133,7 @@ def by_format(config: DataConfig) -> list[DataConfig]:
         config.model_copy(
             update={
                 "mixture": {name: config.mixture[name] for name in names},
-                "format": config.parts[names[0]].format,
+                "format": config.part(names[0]).format,
             }
         )
         for names in groups.values()
